@@ -1,0 +1,1 @@
+"""The engine: reads where accelerate put a model's parts and runs it without needless transfers. Knows torch and accelerate only."""

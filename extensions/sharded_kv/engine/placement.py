@@ -1,0 +1,326 @@
+"""Reads what runs where: the blocks and stages of a model that accelerate, AutoGPTQ or GPTQModel spread over devices.
+
+Everything is taken from the hooks that are there and from the devices of the weights, never from the names of modules or classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A largest submodule that is called as a whole and runs on one device.
+
+    Attributes:
+        name: its qualified name in the model, as in ``model.named_modules()``.
+        device: where it runs.
+        keeps_hooks: accelerate's hooks inside it stay, because weights are offloaded or somebody else's hook is there.
+        returns: its output goes back to the device its input came from, because code outside any block may combine it
+            with other tensors (a dispatcher with ``io_same_device=True`` promises that).
+        weight: name of one parameter or buffer inside, to notice that the block was moved; None where all is offloaded.
+    """
+
+    name: str
+    device: torch.device
+    keeps_hooks: bool = False
+    returns: bool = False
+    weight: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """A module with blocks below it, whose own code runs between them. One forward of the outermost scope is one forward.
+
+    Attributes:
+        name: its qualified name, "" for the model itself.
+        device: where its hook sends its inputs; None if it has no hook and takes them as they come.
+        returns: its output, but for caches, goes back to the device its input came from.
+        cache_names: keyword arguments and output fields that hold caches and never move.
+    """
+
+    name: str
+    device: torch.device | None
+    returns: bool
+    cache_names: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Consecutive blocks on one device, in the sense of pipeline parallelism."""
+
+    device: torch.device
+    blocks: tuple[Block, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What of a model runs where.
+
+    Attributes:
+        stages: in the order of execution, as far as the order of registration tells it.
+        scopes: outermost first.
+        bare: names of the modules inside blocks whose hooks have nothing to do there.
+        doors: names of the embeddings inside blocks: token ids reach them from outside too (``get_input_embeddings()``).
+        reason: one sentence on why there is nothing to shard; "" if there is.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    scopes: tuple[Scope, ...] = ()
+    bare: tuple[str, ...] = ()
+    doors: tuple[Block, ...] = ()
+    reason: str = ""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks, stage by stage."""
+        return tuple(block for stage in self.stages for block in stage.blocks)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices in use, in the order of their first stage."""
+        return tuple(dict.fromkeys(stage.device for stage in self.stages))
+
+    @property
+    def main_device(self) -> torch.device | None:
+        """Where the inputs enter: what the model's hook says, else the first stage's device. None without stages."""
+        hooked = (scope.device for scope in self.scopes if scope.device is not None)
+        return next(hooked, self.stages[0].device if self.stages else None)
+
+    def describe(self) -> str:
+        """One line for people: ``cuda:0: 18 blocks, cuda:1: 16 blocks``."""
+        return ", ".join(f"{stage.device}: {_count(len(stage.blocks), 'block')}" for stage in self.stages)
+
+
+# The keyword and output field that carries the cache through transformers' models, whatever they declare.
+# Before transformers 4.30 and accelerate 0.20 there is no `_skip_keys_device_placement` to declare it with.
+CACHE_NAME = "past_key_values"
+
+
+def read_placement(model: nn.Module) -> Placement:
+    """Read what of `model` runs where.
+
+    Args:
+        model: a model as `dispatch_model`, `from_pretrained(device_map=...)` or a `simple_dispatch_model` left it, or a
+            wrapper around one.
+
+    Returns:
+        The placement. One without stages, and with a reason, where there is nothing to shard.
+    """
+    return _Reader(model).placement()
+
+
+def align_hooks(hook: ModelHook | None) -> Iterator[AlignDevicesHook]:
+    """accelerate's own alignment hooks in `hook`, also those inside a `SequentialHook`."""
+    if isinstance(hook, SequentialHook):
+        for inner in hook.hooks:
+            yield from align_hooks(inner)
+    elif type(hook) is AlignDevicesHook:
+        yield hook
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What a module and all below it need: where its weights are, and where hooks make it run."""
+
+    weights: frozenset[torch.device]
+    execution: frozenset[torch.device]
+    meta: bool
+    offload: bool
+    weight: str | None
+
+    @property
+    def device(self) -> torch.device | None:
+        """The one device all of it runs on; None if there are several, or none is known.
+
+        Weights that lie somewhere say more than a hook does: after `model.to()`, or with a parameter tied to one on another
+        device, the hook's device is out of date.
+        """
+        devices = self.weights | self.execution if self.offload or not self.weights else self.weights
+        return next(iter(devices)) if len(devices) == 1 else None
+
+
+class _Reader:
+    """One reading of one model: facts bottom-up, then blocks and scopes top-down."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.facts: dict[nn.Module, _Facts] = {}
+        self.modules: dict[Block, nn.Module] = {}  # in the order of registration
+        self.scopes: list[Scope] = []
+        self.bare: list[str] = []
+        self.doors: list[Block] = []
+        self.seen: set[nn.Module] = set()
+
+    def placement(self) -> Placement:
+        self._gather(self.model)
+        self._walk(self.model, "", feeds_a_block=False, in_list=False)
+        return Placement(
+            stages=self._stages(),
+            scopes=self._scopes_that_return(),
+            bare=tuple(self.bare),
+            doors=tuple(self.doors),
+            reason=self._reason(),
+        )
+
+    def _gather(self, module: nn.Module) -> _Facts:
+        if module in self.facts:
+            return self.facts[module]
+        aligned = list(align_hooks(getattr(module, "_hf_hook", None)))
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        weight = next((name for name, tensor in own if not tensor.is_meta), None)
+        weights = {tensor.device for _, tensor in own if not tensor.is_meta}
+        execution = {_device(hook.execution_device) for hook in aligned if hook.execution_device is not None}
+        meta = any(tensor.is_meta for _, tensor in own)
+        offload = any(hook.offload for hook in aligned)
+        for name, child in module.named_children():
+            facts = self._gather(child)
+            weights |= facts.weights
+            execution |= facts.execution
+            meta, offload = meta or facts.meta, offload or facts.offload
+            if weight is None and facts.weight is not None:
+                weight = f"{name}.{facts.weight}"
+        self.facts[module] = _Facts(frozenset(weights), frozenset(execution), meta, offload, weight)
+        return self.facts[module]
+
+    def _walk(self, module: nn.Module, name: str, *, feeds_a_block: bool, in_list: bool) -> bool:
+        """Note the blocks and scopes at and below `module`; True if there is a block among them.
+
+        Args:
+            feeds_a_block: the output of `module` is passed on as it is to the next block. So it is for the elements of a
+                list of layers and for what comes after that list (the final norm, the head); accelerate's own
+                `dispatch_model` relies on it. Elsewhere (token and position embeddings that are added up, experts of a
+                layer, parts of a layer around its residual) an output meets others outside any block.
+            in_list: there is a list of modules above.
+        """
+        if module in self.seen:
+            return True
+        self.seen.add(module)
+        is_called = type(module).forward is not nn.Module.forward
+        hooked = any(True for _ in align_hooks(getattr(module, "_hf_hook", None)))
+        if is_called and hooked and self.facts[module].device is not None:
+            self._add_block(module, name, feeds_a_block)
+            return True
+        position = len(self.scopes)
+        is_list = isinstance(module, nn.ModuleList)
+        after_list = found = False
+        for child_name, child in module.named_children():
+            is_layer = is_list and any(True for _ in child.children())
+            found |= self._walk(
+                child,
+                _join(name, child_name),
+                feeds_a_block=not in_list and (is_layer or after_list),
+                in_list=in_list or is_list,
+            )
+            after_list = after_list or any(isinstance(inner, nn.ModuleList) for inner in child.modules())
+        if found and is_called and (not hasattr(module, "_hf_hook") or is_plainly_hooked(module)):
+            self.scopes.insert(position, _scope(module, name))
+        return found
+
+    def _add_block(self, module: nn.Module, name: str, feeds_a_block: bool) -> None:
+        facts = self.facts[module]
+        assert facts.device is not None
+        keeps = facts.offload or not is_plainly_hooked(module)
+        returns = not keeps and not feeds_a_block and module._hf_hook.io_same_device
+        self.modules[Block(name, facts.device, keeps, returns, facts.weight)] = module
+        for inner_name, inner in module.named_modules():
+            if inner in self.seen:
+                continue
+            self.seen.add(inner)
+            if keeps or not is_plainly_hooked(inner):
+                continue
+            if isinstance(inner, nn.Embedding):
+                self.doors.append(Block(_join(name, inner_name), facts.device))
+            else:
+                self.bare.append(_join(name, inner_name))
+
+    def _stages(self) -> tuple[Stage, ...]:
+        """Runs of blocks on one device. What has no parameters (rotary tables) is registered anywhere: it joins a run."""
+        runs: list[list[Block]] = []
+        for block, module in self.modules.items():
+            if any(True for _ in module.parameters()):
+                if not runs or runs[-1][0].device != block.device:
+                    runs.append([])
+                runs[-1].append(block)
+        for block, module in self.modules.items():
+            if not any(True for _ in module.parameters()):
+                run = next((run for run in runs if run[0].device == block.device), None)
+                if run is None:
+                    runs.insert(0, [block])
+                else:
+                    run.append(block)
+        return tuple(Stage(run[0].device, tuple(run)) for run in runs)
+
+    def _scopes_that_return(self) -> tuple[Scope, ...]:
+        """Where every block used to bring its output back, the model as a whole still does: its logits come home.
+
+        `simple_dispatch_model` of AutoGPTQ and GPTQModel hooks the entries of the device map and nothing above them.
+        """
+        blocks_return = any(h.io_same_device for module in self.modules.values() for h in align_hooks(module._hf_hook))
+        return tuple(dataclasses.replace(scope, returns=scope.returns or blocks_return) for scope in self.scopes)
+
+    def _reason(self) -> str:
+        facts = self.facts[self.model]
+        if not self.modules:
+            if facts.meta:
+                return "Its weights are on the meta device: it is not loaded yet."
+            if not facts.weights:
+                return "It has no weights."
+            if len(facts.weights) > 1:
+                places = ", ".join(sorted(map(str, facts.weights)))
+                return f"It is on {places} without accelerate's hooks: load it with device_map='auto' to have it sharded."
+            return f"It is on one device ({next(iter(facts.weights))}): there is nothing to shard."
+        devices = {block.device for block in self.modules}
+        if len(devices) > 1:
+            return ""
+        where = f"It runs on one device ({next(iter(devices))})"
+        if facts.offload:
+            return f"{where}, with weights offloaded to the CPU or disk: it takes a second GPU to shard it."
+        return f"{where}: there is nothing to shard."
+
+
+def is_plainly_hooked(module: nn.Module) -> bool:
+    """Whether `module` runs under an alignment hook of accelerate's and nothing else: nobody else's hook, nobody's wrapper
+    around it, no weights to fetch."""
+    hook = module.__dict__.get("_hf_hook")
+    if type(hook) is not AlignDevicesHook or hook.offload:
+        return False
+    # Up to accelerate 0.20 `forward` is a function, later a partial of one; both are made in accelerate.hooks.
+    forward = module.__dict__.get("forward")
+    function = getattr(forward, "func", forward)
+    return getattr(function, "__globals__", {}).get("__name__") == AlignDevicesHook.__module__
+
+
+def _scope(module: nn.Module, name: str) -> Scope:
+    hook = getattr(module, "_hf_hook", None)
+    names = {CACHE_NAME}
+    for declared in (getattr(hook, "skip_keys", None), getattr(module, "_skip_keys_device_placement", None)):
+        names.update([declared] if isinstance(declared, str) else declared or ())
+    execution = None if hook is None else hook.execution_device
+    return Scope(
+        name=name,
+        device=None if execution is None else _device(execution),
+        returns=hook is not None and hook.io_same_device,
+        cache_names=frozenset(names),
+    )
+
+
+def _device(device: int | str | torch.device) -> torch.device:
+    """`device` as hooks spell it (0, "cuda", "cuda:1", ...) with its index."""
+    device = torch.device(device)
+    if device.index is None and device.type not in ("cpu", "meta"):
+        device = torch.empty(0, device=device).device
+    return device
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

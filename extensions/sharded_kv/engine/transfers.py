@@ -1,0 +1,236 @@
+"""Moves tensors between devices: each at most once per device and forward, however many blocks ask for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What has crossed between devices.
+
+    Attributes:
+        copies: number of copies for each (from, to) pair of devices, as ``{("cuda:0", "cuda:1"): 3}``.
+        bytes: bytes for each pair.
+    """
+
+    copies: Mapping[tuple[str, str], int]
+    bytes: Mapping[tuple[str, str], int]
+
+    @property
+    def total_copies(self) -> int:
+        """Copies over all pairs."""
+        return sum(self.copies.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes over all pairs."""
+        return sum(self.bytes.values())
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        """What has crossed since `earlier`."""
+        return Traffic(
+            {pair: n - earlier.copies.get(pair, 0) for pair, n in self.copies.items() if n != earlier.copies.get(pair, 0)},
+            {pair: n - earlier.bytes.get(pair, 0) for pair, n in self.bytes.items() if n != earlier.bytes.get(pair, 0)},
+        )
+
+
+class TrafficCounter:
+    """Counts copies between devices; threads may count at the same time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._copies: dict[tuple[str, str], int] = {}
+        self._bytes: dict[tuple[str, str], int] = {}
+
+    def add(self, source: torch.device, target: torch.device, size: int) -> None:
+        """Count one copy of `size` bytes."""
+        pair = (str(source), str(target))
+        with self._lock:
+            self._copies[pair] = self._copies.get(pair, 0) + 1
+            self._bytes[pair] = self._bytes.get(pair, 0) + size
+
+    def read(self) -> Traffic:
+        """All that has been counted so far."""
+        with self._lock:
+            return Traffic(dict(self._copies), dict(self._bytes))
+
+
+@dataclasses.dataclass
+class _Copy:
+    """A tensor, its copy on another device, and how both looked when the copy was made.
+
+    Holding the source keeps its id from being given to another tensor while the memo lives.
+    """
+
+    source: Any
+    source_stamp: int
+    copy: Any
+    copy_stamp: int
+
+
+class Forward:
+    """One forward of a model in one thread: its memo of transfers and the device whose turn it is.
+
+    Use it as a context manager; at its end, by an exception too, the memo is dropped and the caller's current device is back.
+
+    Args:
+        owner: identity of the scope that opened it.
+        counter: counts the copies.
+    """
+
+    def __init__(self, owner: object, counter: TrafficCounter) -> None:
+        self.owner = owner
+        self._counter = counter
+        self._memo: dict[tuple[int, torch.device], _Copy] = {}
+        self._home: tuple[Any, int] | None = None  # torch.cuda or its like, and the caller's current device
+        self._current: torch.device | None = None
+        self._turns = 0
+
+    def close(self) -> None:
+        """Drop the memo and make the caller's current device current again."""
+        self._memo.clear()
+        if self._home is not None:
+            runtime, index = self._home
+            self._home = self._current = None
+            runtime.set_device(index)
+
+    def enter(self, device: torch.device) -> None:
+        """Make `device` current, so that no kernel launched there has to switch. Costs nothing if it is its turn already."""
+        if device == self._current:
+            return
+        self._turns += 1
+        self._current = device
+        if device.type == "cpu":
+            return
+        runtime = getattr(torch, device.type)
+        if self._home is None:
+            self._home = (runtime, runtime.current_device())
+        runtime.set_device(device.index)
+
+    def move(self, value: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
+        """`value` with every tensor in it on `device`.
+
+        Args:
+            value: a tensor, or what accelerate's `send_to_device` takes: nested tuples, lists, mappings and objects with a
+                ``to`` method. Anything else, caches of transformers among it, is returned as it is.
+            device: where to.
+            keep: keys of mappings whose values stay where they are.
+
+        Returns:
+            `value` itself where nothing had to move.
+        """
+        if isinstance(value, Tensor):
+            return value if value.device == device else self._copy(value, device)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (tuple, list)):
+            return self._move_items(value, device, keep)
+        # Before mappings: some containers (BatchEncoding, KVSharingDict of transformers 5) are shared and move in place.
+        # No modules: caches are modules in transformers 4.45 to 4.47, and a module is nobody's input.
+        if hasattr(value, "to") and not isinstance(value, nn.Module):
+            for tensor in tensors_in(value):
+                if tensor.device != device:
+                    self._count(tensor, device)
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return self._rebuilt(value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()})
+        return value
+
+    def move_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, keep: frozenset[str] = frozenset()
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are."""
+        args = tuple([self.move(value, device, keep) for value in args])
+        kwargs = {key: value if key in keep else self.move(value, device, keep) for key, value in kwargs.items()}
+        return args, kwargs
+
+    def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
+        """An output on `device`, but for the caches in it: what is named in `keep`, and tuples of tuples of tensors.
+
+        What was brought home is known to have a twin where it came from, so that the next block there takes that.
+        """
+        if isinstance(output, Tensor):
+            if output.device == device:
+                return output
+            moved = self._copy(output, device)
+            self._remember(moved, output.device, output)
+            return moved
+        if type(output) is tuple:
+            return tuple([item if is_legacy_cache(item) else self.move_home(item, device, keep) for item in output])
+        if isinstance(output, Mapping) and not hasattr(output, "to"):
+            moved_items = {
+                key: item if key in keep or is_legacy_cache(item) else self.move(item, device, keep)
+                for key, item in output.items()
+            }
+            return self._rebuilt(output, moved_items)
+        return self.move(output, device, keep)
+
+    def _move_items(self, value: Any, device: torch.device, keep: frozenset[str]) -> Any:
+        moved = [self.move(item, device, keep) for item in value]
+        if all(new is old for new, old in zip(moved, value)):  # noqa: B905  # strict= costs, and the lengths are equal
+            return value
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+
+    @staticmethod
+    def _rebuilt(old: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+        return old if all(items[key] is item for key, item in old.items()) else type(old)(items)  # type: ignore[call-arg]
+
+    def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
+        known = self._memo.get((id(tensor), device))
+        if known is not None and known.source_stamp == self._stamp(tensor) and known.copy_stamp == self._stamp(known.copy):
+            copy: Tensor = known.copy
+            return copy
+        # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
+        copy = tensor.to(device, non_blocking=tensor.device.type == device.type)
+        self._count(tensor, device)
+        self._remember(tensor, device, copy)
+        return copy
+
+    def _count(self, tensor: Tensor, device: torch.device) -> None:
+        self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
+
+    def _remember(self, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
+        self._memo[id(tensor), device] = _Copy(tensor, self._stamp(tensor), copy, self._stamp(copy))
+
+    def _stamp(self, tensor: Tensor) -> int:
+        """Changes when `tensor` was changed in place.
+
+        Inference tensors do not count their changes: of them a copy is good while one device has its turn, since nothing
+        that runs on the others can have changed them meanwhile.
+        """
+        return -1 - self._turns if tensor.is_inference() else tensor._version
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings, in the order in which accelerate's `find_device` meets them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def first_device(value: Any) -> torch.device | None:
+    """The device of the first tensor in `value`; None if there is none."""
+    tensor = next(tensors_in(value), None)
+    return None if tensor is None else tensor.device
+
+
+def is_legacy_cache(value: Any) -> bool:
+    """Whether `value` is a cache as models returned it before transformers 4.36: a tuple of tensors for each layer."""
+    return (
+        isinstance(value, (tuple, list))
+        and bool(value)
+        and all(isinstance(layer, (tuple, list)) and bool(layer) for layer in value)
+        and any(isinstance(item, Tensor) for layer in value for item in layer)
+    )

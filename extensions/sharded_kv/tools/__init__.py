@@ -1,0 +1,1 @@
+"""Uses the engine from outside: simulated GPUs, models to try it on, the benchmark and the demo."""

@@ -1,0 +1,39 @@
+"""Options and fixtures of the whole suite: the devices that a test runs on, simulated ones unless real ones are asked for."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: accelerate picks main_device out of a set, and one thread is enough for tiny models.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from tests import support
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--devices",
+        choices=("sim", "cuda"),
+        default="sim",
+        help="what device tests run on: simulated GPUs (the default) or real ones",
+    )
+
+
+@pytest.fixture(scope="session")
+def devices(request: pytest.FixtureRequest) -> support.Devices:
+    """The devices of this run; a test skips where there are too few."""
+    return support.Devices(request.config.getoption("--devices"))
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> Iterator[None]:
+    """A model of an earlier test must not be counted in a later one's memory."""
+    yield
+    gc.collect()

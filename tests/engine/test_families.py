@@ -1,0 +1,42 @@
+"""Every architecture, every way of generating: the tokens of the model on the CPU, accelerate's logits to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from extensions.sharded_kv import shard
+from extensions.sharded_kv.tools import models
+from tests import support
+
+# (family, number of devices): the two that come first in everything on all numbers of devices, the others once.
+CASES = [(name, count) for name in ("llama", "llama-gqa", "gptj") for count in (2, 3, 4)] + [
+    (name, 2 + index % 3)
+    for index, name in enumerate(
+        ("gpt-neox", "opt", "bloom", "mpt", "falcon", "mistral-sliding", "mixtral", "gemma2", "t5", "qwen2", "phi")
+    )
+]
+
+
+@pytest.mark.parametrize("way", support.WAYS, ids=str)
+@pytest.mark.parametrize(("family", "count"), CASES)
+def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
+    devices: support.Devices, family: str, count: int, way: support.Way
+) -> None:
+    model = models.build(support.family_or_skip(family))
+    if not way.needs(model):
+        pytest.skip(f"{family} has no {way} on this stack")
+    places = devices(count)
+    model = support.spread(model, places)
+    try:
+        theirs = way.run(model, places[0])
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError, IndexError) as error:
+        theirs, refused = None, f"{type(error).__name__}: {error}"
+    sharding = shard(model)
+    assert sharding.active and sharding.enabled
+    if theirs is None:
+        pytest.skip(f"accelerate itself fails: {refused[:150]}")
+    ours = way.run(model, places[0])
+    assert ours.tokens.tolist() == theirs.tokens.tolist()
+    assert support.same(ours.scores, theirs.scores)
+    if devices.kind == "sim":  # other kernels than the CPU's round otherwise
+        assert ours.tokens.tolist() == support.on_cpu(family, way).tokens.tolist()

@@ -1,0 +1,216 @@
+"""What the meter says of a reply, with sharding on and off, and what it costs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import StoppingCriteriaList
+
+from extensions.sharded_kv import shard
+from extensions.sharded_kv.engine.meter import Figures
+from extensions.sharded_kv.tools import models
+from tests import support
+
+
+@pytest.fixture
+def places(devices: support.Devices) -> list[str]:
+    return devices(2)
+
+
+@pytest.fixture
+def model(places: list[str]) -> Any:
+    return support.spread(models.build("llama"), places)
+
+
+def reply(model: Any, place: str, tokens: int = 10, **options: Any) -> Any:
+    inputs = {name: tensor.to(place) for name, tensor in support.prompts(batch=1).items()}
+    return model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+
+
+def test_before_the_first_reply_nothing_is_claimed(model: Any) -> None:
+    snapshot = shard(model).meter.snapshot()
+    assert snapshot.current == Figures()
+    assert snapshot.seconds_per_token is None
+    assert snapshot.tokens_per_second is None
+    assert snapshot.sharded is None
+    assert snapshot.tokens == ()
+
+
+def test_seconds_per_token_is_the_time_between_two_decode_steps(model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+    model.model.layers[3].register_forward_pre_hook(lambda module, args: time.sleep(0.05))
+    reply(model, places[0])
+    snapshot = meter.snapshot()
+    assert 0.05 < snapshot.seconds_per_token < 0.5
+    assert snapshot.tokens_per_second == 1 / snapshot.seconds_per_token
+    assert 0.05 < snapshot.first_token_seconds < 1
+
+
+def test_every_decode_step_is_on_the_chart(model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+    reply(model, places[0], tokens=10)
+    tokens = meter.snapshot().tokens
+    assert len(tokens) in (8, 9)  # before 4.39 generation did not ask its other criteria after the last token
+    assert all(token.sharded and token.seconds > 0 for token in tokens)
+    assert [token.time for token in tokens] == sorted(token.time for token in tokens)
+
+
+def test_figures_with_sharding_off_are_kept_beside_those_with_it_on(model: Any, places: list[str]) -> None:
+    sharding = shard(model)
+    reply(model, places[0])
+    sharding.disable()
+    reply(model, places[0])
+    snapshot = sharding.meter.snapshot()
+    assert snapshot.sharded.bytes_per_token > 0
+    assert snapshot.unsharded.seconds_per_token > 0
+    assert snapshot.unsharded.bytes_per_token is None
+    assert snapshot.current == snapshot.unsharded
+
+
+def test_bytes_and_copies_per_token_are_those_that_crossed(
+    devices: support.Devices, model: Any, places: list[str]
+) -> None:
+    meter = shard(model).meter
+    reply(model, places[0], tokens=4)
+    with devices.traffic() as short:
+        reply(model, places[0], tokens=4)
+    with devices.traffic() as long:
+        reply(model, places[0], tokens=12)
+    snapshot = meter.snapshot()
+    assert snapshot.copies_per_token == (long.total_copies - short.total_copies) / 8
+    # A mask grows by a few bytes with each token.
+    assert snapshot.bytes_per_token == pytest.approx((long.total_bytes - short.total_bytes) / 8, rel=0.05)
+
+
+def test_several_tokens_in_one_step_share_its_time(model: Any, places: list[str]) -> None:
+    way = next(way for way in support.WAYS if way.name == "prompt-lookup")
+    if not way.needs(model):
+        pytest.skip("this transformers has no prompt lookup")
+    meter = shard(model).meter
+    way.run(model, places[0])
+    assert meter.snapshot().sharded.tokens == way.new_tokens - 1
+
+
+def test_the_users_own_stopping_criteria_are_asked_too(model: Any, places: list[str]) -> None:
+    shard(model)
+    calls = []
+
+    class Stop:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+            calls.append(1)
+            return len(calls) == 3
+
+    inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts(batch=1).items()}
+    criteria = StoppingCriteriaList([Stop()])
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=10, stopping_criteria=criteria)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert len(criteria) == 1
+
+
+def test_a_stopped_reply_is_over(model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+
+    class Abort:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+            assert meter.snapshot().generating
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        reply(model, places[0], stopping_criteria=StoppingCriteriaList([Abort()]))
+    assert not meter.snapshot().generating
+
+
+def test_memory_adds_up_on_every_device(devices: support.Devices, model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+    for memory, place in zip(meter.snapshot().memory, places):
+        weights = sum(p.numel() * p.element_size() for p in model.parameters() if str(p.device) == place)
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers() if str(b.device) == place)
+        assert memory.device == place
+        assert memory.name
+        assert memory.weights == weights + buffers
+        assert memory.weights + memory.cache + memory.rest + memory.others + memory.free == memory.total
+
+
+def test_the_cache_of_a_reply_is_on_the_device_of_its_layers(model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+    seen = []
+
+    class Look:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+            meter._memory._next_look = 0
+            seen.append([memory.cache for memory in meter.snapshot().memory])
+            return False
+
+    reply(model, places[0], stopping_criteria=StoppingCriteriaList([Look()]))
+    # Nine prompt tokens and one step: layers x (keys and values) x tokens x hidden size x 4 bytes.
+    per_token = 3 * 2 * model.config.hidden_size * 4
+    assert seen[2] == [10 * per_token] * 2
+    assert [memory.cache for memory in meter.snapshot().memory] == [0, 0]
+
+
+def test_the_peak_is_of_the_reply_and_torchs_own_mark_is_not_reset(
+    devices: support.Devices, model: Any, places: list[str]
+) -> None:
+    meter = shard(model).meter
+    big = torch.ones(1_000_000, device=places[1])
+    del big
+    mark = devices.runtime.max_memory_allocated(places[1])
+    reply(model, places[0])
+    memory = meter.snapshot().memory[1]
+    assert memory.weights < memory.peak < mark
+    assert devices.runtime.max_memory_allocated(places[1]) == mark
+
+
+def test_a_snapshot_may_be_taken_by_another_thread_during_a_reply(model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+    stop = threading.Event()
+    snapshots, errors = [], []
+
+    def poll() -> None:
+        while not stop.is_set():
+            try:
+                snapshots.append(meter.snapshot())
+            except Exception as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    reply(model, places[0], tokens=20)
+    stop.set()
+    thread.join()
+    assert not errors
+    assert any(snapshot.generating for snapshot in snapshots)
+
+
+def test_replies_in_two_threads_are_both_counted(model: Any, places: list[str]) -> None:
+    meter = shard(model).meter
+    threads = [threading.Thread(target=reply, args=(model, places[0])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(meter.snapshot().tokens) in (16, 18)
+    assert not meter.snapshot().generating
+
+
+def test_metering_a_step_costs_little(model: Any) -> None:
+    """Per step: one call as a stopping criterion and one before each forward. 1 % of a 20 ms step is 200 us."""
+    meter = shard(model).meter
+    from extensions.sharded_kv.engine.meter import _Reply
+
+    clock, ids = _Reply(meter), torch.zeros(1, 10, dtype=torch.long)
+    meter._lane.reply = clock
+    meter._memory._next_look = time.monotonic() + 1000
+    rounds = 2000
+    started = time.perf_counter()
+    for _ in range(rounds):
+        clock(ids, None)
+        meter._before_forward(nn.Identity(), (), {})
+    seconds = (time.perf_counter() - started) / rounds
+    meter._lane.reply = None
+    assert seconds < 200e-6

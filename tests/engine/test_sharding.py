@@ -1,0 +1,372 @@
+"""On, off, off for good: what `shard()` does to a model, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import logging
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+
+from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.tools import models
+from tests import support
+
+
+@pytest.fixture
+def places(devices: support.Devices) -> list[str]:
+    return devices(2)
+
+
+@pytest.fixture
+def model(places: list[str]) -> Any:
+    return support.spread(models.build("llama"), places)
+
+
+def attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Every attribute of every module's own, with the very objects."""
+    return {(name, key): value for name, module in model.named_modules() for key, value in vars(module).items()}
+
+
+def is_as_before(model: nn.Module, before: dict[tuple[str, str], Any]) -> bool:
+    now = attributes(model)
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
+
+
+def tokens(model: Any, place: str, **options: Any) -> list[list[int]]:
+    return support.GREEDY.run(model, place).tokens.tolist()
+
+
+@pytest.fixture
+def right() -> list[list[int]]:
+    return support.on_cpu("llama", support.GREEDY).tokens.tolist()
+
+
+def test_disable_gives_back_the_very_hooks_and_forwards(model: Any) -> None:
+    forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    hooks = {name: module.__dict__.get("_hf_hook") for name, module in model.named_modules()}
+    shard(model).disable()
+    for name, module in model.named_modules():
+        assert module.__dict__.get("forward") is forwards[name], name
+        assert module.__dict__.get("_hf_hook") is hooks[name], name
+
+
+def test_detach_leaves_no_attribute_of_ours(model: Any) -> None:
+    before = attributes(model)
+    shard(model).detach()
+    assert is_as_before(model, before)
+    assert not any(len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_detach_while_off_leaves_no_attribute_of_ours(model: Any) -> None:
+    before = attributes(model)
+    sharding = shard(model)
+    sharding.disable()
+    sharding.detach()
+    assert is_as_before(model, before)
+
+
+def test_on_off_and_on_again_reply_the_same(model: Any, places: list[str], right: list[list[int]]) -> None:
+    sharding = shard(model)
+    for switch in (sharding.disable, sharding.enable, sharding.disable, sharding.disable, sharding.enable):
+        switch()
+        assert tokens(model, places[0]) == right
+    assert sharding.enabled
+
+
+def test_switching_between_two_steps_goes_on_with_the_same_cache(
+    model: Any, places: list[str], right: list[list[int]]
+) -> None:
+    sharding = shard(model)
+
+    class Switch:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+            (sharding.disable if sharding.enabled else sharding.enable)()
+            return False
+
+    from transformers import StoppingCriteriaList
+
+    inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts().items()}
+    reply = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=support.GREEDY.new_tokens,
+        min_new_tokens=support.GREEDY.new_tokens,
+        stopping_criteria=StoppingCriteriaList([Switch()]),
+    )
+    assert reply.tolist() == right
+
+
+def test_sharding_a_model_twice_gives_the_same_sharding(model: Any) -> None:
+    assert shard(model) is shard(model)
+
+
+def test_sharding_it_again_after_detach_works(model: Any, places: list[str], right: list[list[int]]) -> None:
+    first = shard(model)
+    first.detach()
+    assert shard(model) is not first
+    assert tokens(model, places[0]) == right
+
+
+def test_generate_sees_the_signature_of_the_models_own_forward(model: Any) -> None:
+    signature = inspect.signature(model.forward)
+    shard(model)
+    assert inspect.signature(model.forward) == signature
+
+
+def test_a_deleted_model_dies_though_its_sharding_lives(devices: support.Devices, places: list[str]) -> None:
+    before = [devices.runtime.memory_allocated(place) for place in places]
+    model = support.spread(models.build("gptj"), places)
+    sharding = shard(model)
+    support.GREEDY.run(model, places[0])
+    dead = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dead() is None
+    assert [devices.runtime.memory_allocated(place) for place in places] == before
+    assert not sharding.active
+    assert not sharding.enabled
+    assert "unloaded" in sharding.reason
+    sharding.enable()
+    sharding.disable()
+    sharding.detach()
+    assert sharding.meter.snapshot().generating is False
+
+
+def test_a_deleted_model_dies_also_after_being_switched_off(devices: support.Devices, places: list[str]) -> None:
+    model = support.spread(models.build("llama"), places)
+    sharding = shard(model)
+    sharding.disable()
+    dead = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dead() is None
+    assert not sharding.enabled
+
+
+class Injected(Exception):
+    """Raised by a test inside a forward."""
+
+
+@pytest.mark.parametrize("error", [Injected, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("layer", [1, 4])
+def test_an_exception_in_a_block_leaves_no_memo_and_the_callers_device(
+    devices: support.Devices, model: Any, places: list[str], right: list[list[int]], error: type, layer: int
+) -> None:
+    sharding = shard(model)
+    seen = []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        seen.append(sharding._runtime.lane.forward)
+        raise error("injected")
+
+    hook = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        tokens(model, places[0])
+    hook.remove()
+    assert sharding._runtime.lane.forward is None
+    assert seen[0]._memo == {}
+    assert devices.runtime.current_device() == 0
+    assert tokens(model, places[0]) == right
+
+
+def test_out_of_memory_on_the_second_device_leaves_the_next_reply_right(
+    devices: support.Devices, model: Any, places: list[str], right: list[list[int]]
+) -> None:
+    if devices.kind != "sim":
+        pytest.skip("capacities are set on simulated devices")
+    from extensions.sharded_kv.tools import simulated
+
+    shard(model)
+    simulated.set_capacity(1, simulated.allocated(1) + 64)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            tokens(model, places[0])
+    finally:
+        simulated.set_capacity(1, None)
+    gc.collect()
+    assert tokens(model, places[0]) == right
+
+
+def test_the_callers_current_device_is_back_after_a_forward(devices: support.Devices, model: Any) -> None:
+    shard(model)
+    runtime = devices.runtime
+    runtime.set_device(1)
+    try:
+        tokens(model, f"{devices.kind}:0")
+        assert runtime.current_device() == 1
+    finally:
+        runtime.set_device(0)
+
+
+def test_a_forward_within_a_forward_has_a_memo_of_its_own(
+    model: Any, places: list[str], right: list[list[int]]
+) -> None:
+    shard(model)
+    other = {name: tensor.to(places[0]) for name, tensor in support.prompts(seed=5).items()}
+    calls = []
+
+    def nested(module: nn.Module, args: Any) -> None:
+        if not calls:
+            calls.append(1)
+            with torch.no_grad():
+                model(**other)
+            calls.clear()
+
+    model.model.layers[4].mlp.register_forward_pre_hook(nested)
+    assert tokens(model, places[0]) == right
+
+
+@pytest.mark.parametrize("nothing", [None, "llama-7b", 7, [], {}, nn.Linear])
+def test_what_is_no_model_is_a_type_error(nothing: Any) -> None:
+    with pytest.raises(TypeError, match=r"shard\(\) takes a loaded model"):
+        shard(nothing)
+
+
+def inactive(model: Any) -> Sharding:
+    sharding = shard(model)
+    assert not sharding.active
+    assert not sharding.enabled
+    assert sharding.placement.stages == ()
+    sharding.enable()
+    sharding.disable()
+    sharding.detach()
+    return sharding
+
+
+def test_a_model_on_one_device_is_left_alone(places: list[str]) -> None:
+    model = models.build("llama").to(places[1])
+    before = attributes(model)
+    assert "one device" in inactive(model).reason
+    assert is_as_before(model, before)
+
+
+def test_a_hooked_model_on_one_device_is_left_alone(places: list[str]) -> None:
+    model = models.build("llama")
+    model = dispatch_model(model, models.device_map(model, places[:1]), main_device=places[0])
+    sharding = shard(model)
+    assert not sharding.active
+    assert not sharding.enabled
+    assert "one device" in sharding.reason
+
+
+def test_a_model_on_meta_is_not_loaded_yet() -> None:
+    assert "meta" in inactive(models.build("llama").to("meta")).reason
+
+
+def test_a_plain_module_is_left_alone() -> None:
+    assert "one device" in inactive(nn.Linear(3, 3)).reason
+    assert "no weights" in inactive(nn.ReLU()).reason
+
+
+def test_a_model_spread_by_hand_is_told_how_to_load(places: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3).to(places[0]), nn.Linear(3, 3).to(places[1]))
+    assert "device_map" in inactive(model).reason
+
+
+def test_an_object_that_is_no_torch_model_gets_a_reason() -> None:
+    class LlamaServer:
+        def generate(self) -> None: ...
+
+    sharding = shard(LlamaServer())
+    assert not sharding.active
+    assert "LlamaServer" in sharding.reason
+    sharding.enable()
+    sharding.disable()
+    sharding.detach()
+    assert sharding.meter.snapshot().memory == ()
+
+
+def test_a_model_dispatched_again_runs_by_its_new_placement_once_sharded_again(
+    model: Any, places: list[str], right: list[list[int]]
+) -> None:
+    sharding = shard(model)
+    model = support.spread(model, places, split=[1, 5])
+    assert tokens(model, places[0]) == right
+    assert shard(model) is sharding
+    assert sharding.enabled
+    assert len(sharding.placement.stages[0].blocks) < len(sharding.placement.stages[1].blocks)
+    assert tokens(model, places[0]) == right
+
+
+def test_a_model_dispatched_again_is_not_said_to_be_sharded(model: Any, places: list[str]) -> None:
+    sharding = shard(model)
+    support.spread(model, places, split=[1, 5])
+    assert not sharding.enabled
+
+
+def test_a_moved_model_goes_on_where_it_is(
+    model: Any, places: list[str], right: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    sharding = shard(model)
+    model.to(places[1])
+    with caplog.at_level(logging.WARNING):
+        assert tokens(model, places[1]) == right
+    assert "moved" in caplog.text
+    assert not sharding.active
+    assert "one device" in sharding.reason
+
+
+def test_hooks_removed_by_accelerate_are_gone_for_good(model: Any, right: list[list[int]]) -> None:
+    sharding = shard(model)
+    remove_hook_from_submodules(model)
+    assert not sharding.enabled
+    sharding.detach()
+    model.to("cpu")
+    assert not any("_hf_hook" in vars(module) for module in model.modules())
+    assert tokens(model, "cpu") == right
+
+
+def test_a_wrapper_sharded_later_takes_over(model: Any, places: list[str], right: list[list[int]]) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs)
+
+        def generate(self, **kwargs: Any) -> Any:
+            with torch.inference_mode():
+                return self.model.generate(**kwargs)
+
+    inner = shard(model)
+    wrapper = Wrapper(model)
+    wrapper.config = model.config
+    outer = shard(wrapper)
+    assert outer is not inner
+    assert outer.enabled
+    assert not inner.enabled
+    assert tokens(wrapper, places[0]) == right
+    outer.detach()
+    assert tokens(model, places[0]) == right
+
+
+def test_a_deep_copy_of_a_sharded_model_runs_by_itself(model: Any, places: list[str], right: list[list[int]]) -> None:
+    shard(model)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert tokens(twin, places[0]) == right
+
+
+def test_a_mode_that_does_not_exist_is_an_error(model: Any) -> None:
+    sharding = shard(model)
+    assert sharding.mode == "eager"
+    sharding.mode = "eager"
+    with pytest.raises(ValueError, match="eager"):
+        sharding.mode = "turbo"
+
+
+def test_its_repr_says_how_the_model_is_split(model: Any, places: list[str]) -> None:
+    sharding = shard(model)
+    assert repr(sharding).startswith(f"<Sharding on: {places[0]}: 5 blocks, {places[1]}: 5 blocks")
+    sharding.disable()
+    assert repr(sharding).startswith("<Sharding off")

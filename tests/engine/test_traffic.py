@@ -1,0 +1,179 @@
+"""What one decode step moves: exactly the hidden states, each shared input once per device, and the logits. No cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from extensions.sharded_kv import shard
+from extensions.sharded_kv.tools import models
+from tests import support
+
+FAMILIES = ("llama", "llama-gqa", "gptj", "gpt-neox", "opt", "bloom", "mpt", "falcon", "mistral-sliding", "mixtral")
+Pair = tuple[str, str]
+
+
+def decode_step(model: nn.Module, inputs: dict[str, Tensor], cache: Any) -> Any:
+    """One forward with one new token per prompt and the cache of all before it."""
+    step = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
+    with torch.no_grad():
+        return model(**step, past_key_values=cache, use_cache=True)
+
+
+def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """The cache of all tokens but the last."""
+    with torch.no_grad():
+        return model(**{name: tensor[:, :-1] for name, tensor in inputs.items()}, use_cache=True).past_key_values
+
+
+def size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class Inputs:
+    """What each layer of the unspread model gets in one decode step: the hidden states, and inputs shared by layers."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        self.hidden: list[Tensor] = []
+        self.others: list[list[Tensor]] = []
+        cache = prefill(model, inputs)
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(self._note, with_kwargs=True)
+            for name in models.block_names(model)
+        ]
+        self.output = decode_step(model, inputs, cache)
+        for hook in hooks:
+            hook.remove()
+        seen_by = Counter(id(tensor) for layer in self.others for tensor in layer)
+        # Handed to all layers: masks, positions, rotary tables. Handed to one alone: that layer's cache.
+        self.shared = {id(t): t for layer in self.others for t in layer if seen_by[id(t)] > 1}
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = list(_tensors((args, kwargs)))
+        self.hidden.append(tensors[0])
+        self.others.append(tensors[1:])
+
+    def expected(self, owners: list[str], main: str, head: str) -> tuple[Counter[Pair], Counter[Pair]]:
+        """Copies and bytes for layers on `owners`, with all shared inputs made on `main` and the logits wanted there."""
+        copies: Counter[Pair] = Counter()
+        sizes: Counter[Pair] = Counter()
+
+        def cross(tensor: Tensor, source: str, target: str) -> None:
+            if source != target:
+                copies[source, target] += 1
+                sizes[source, target] += size(tensor)
+
+        here, reached = main, {(key, main) for key in self.shared}
+        for owner, hidden, others in zip(owners, self.hidden, self.others):
+            cross(hidden, here, owner)
+            here = owner
+            for tensor in others:
+                if id(tensor) in self.shared and (id(tensor), owner) not in reached:
+                    reached.add((id(tensor), owner))
+                    cross(tensor, main, owner)
+        cross(self.hidden[-1], here, head)
+        cross(self.output.logits, head, main)
+        return copies, sizes
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+@pytest.mark.parametrize("order", ["01", "012", "0123", "0101", "011000"], ids=lambda order: "-".join(order))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_moves_hidden_states_shared_inputs_and_logits_once_and_no_cache(
+    devices: support.Devices, family: str, order: str
+) -> None:
+    inputs = support.prompts()
+    plain = models.build(support.family_or_skip(family))
+    expected = Inputs(plain, inputs)
+    places = [devices(int(max(order)) + 1)[int(digit)] for digit in order]
+    model = models.build(family)
+    device_map = models.device_map(model, places)
+    owners = [str(device_map[name]) for name in models.block_names(model)]
+    model = support.spread(model, places, device_map=device_map)
+    shard(model)
+    on_main = {name: tensor.to(places[0]) for name, tensor in inputs.items()}
+    cache = prefill(model, on_main)
+
+    with devices.traffic() as traffic:
+        output = decode_step(model, on_main, cache)
+
+    last_norm_and_head = str(model.get_output_embeddings().weight.device)
+    copies, sizes = expected.expected(owners, places[0], last_norm_and_head)
+    assert support.between_devices(traffic.copies) == dict(copies)
+    assert support.between_devices(traffic.bytes) == dict(sizes)
+    assert torch.equal(output.logits.argmax(-1).cpu(), expected.output.logits.argmax(-1))
+
+
+def test_llama_on_two_devices_moves_these_bytes_per_token(devices: support.Devices) -> None:
+    """The same by hand, for one prompt and seven tokens of context."""
+    first, second = devices(2)
+    model = support.spread(models.build("llama"), [first, second])
+    shard(model)
+    inputs = {name: tensor.to(first) for name, tensor in support.prompts(batch=1, length=8).items()}
+    cache = prefill(model, inputs)
+    with devices.traffic() as traffic:
+        decode_step(model, inputs, cache)
+    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
+    moved = support.between_devices(traffic.bytes)
+    assert moved[second, first] == vocabulary * 4
+    assert moved[first, second] >= hidden * 4
+    assert moved[first, second] <= hidden * 4 + 2 * (hidden // 4) * 4 + 8 + 8 * 4  # + cos, sin, position, mask
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_off_again_moves_what_accelerate_moves_to_the_byte(devices: support.Devices, family: str) -> None:
+    places = devices(2)
+    model = support.spread(models.build(family), places)
+
+    def replied() -> tuple[dict[Pair, int], dict[Pair, int]]:
+        with devices.traffic() as traffic:
+            support.GREEDY.run(model, places[0])
+        return support.between_devices(traffic.copies), support.between_devices(traffic.bytes)
+
+    before = replied()
+    sharding = shard(model)
+    on = replied()
+    sharding.disable()
+    assert replied() == before
+    sharding.enable()
+    assert replied() == on
+    assert sum(on[1].values()) < sum(before[1].values())
+
+
+def test_the_meter_counts_what_crossed(devices: support.Devices) -> None:
+    places = devices(3)
+    model = support.spread(models.build("llama"), places)
+    meter = shard(model).meter
+    with devices.traffic() as traffic:
+        support.GREEDY.run(model, places[0])
+    counted = meter.snapshot().traffic
+    assert dict(counted.copies) == support.between_devices(traffic.copies)
+    assert dict(counted.bytes) == support.between_devices(traffic.bytes)
+
+
+def test_entering_a_stage_switches_the_current_device_once(devices: support.Devices) -> None:
+    if devices.kind != "sim":
+        pytest.skip("switches are counted on simulated devices")
+    places = devices(2)
+    model = support.spread(models.build("llama"), places)
+    shard(model)
+    inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts().items()}
+    cache = prefill(model, inputs)
+    with devices.traffic() as traffic:
+        decode_step(model, inputs, cache)
+    assert traffic.switches == 2  # into the second stage, and home
+    assert devices.runtime.current_device() == 0

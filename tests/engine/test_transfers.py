@@ -1,0 +1,193 @@
+"""One move per tensor, device and forward; in-place changes are noticed; containers keep their type."""
+
+from __future__ import annotations
+
+from collections import UserDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+
+from extensions.sharded_kv.engine.transfers import Forward, TrafficCounter, first_device, is_legacy_cache
+from tests import support
+
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.fixture
+def counter() -> TrafficCounter:
+    return TrafficCounter()
+
+
+@pytest.fixture
+def forward(counter: TrafficCounter) -> Forward:
+    return Forward(object(), counter)
+
+
+@pytest.fixture
+def here(devices: support.Devices) -> torch.device:
+    return torch.device(devices(2)[0])
+
+
+@pytest.fixture
+def there(devices: support.Devices) -> torch.device:
+    return torch.device(devices(2)[1])
+
+
+def test_a_tensor_crosses_once_however_often_it_is_asked_for(
+    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+) -> None:
+    mask = torch.ones(3, 4, device=here)
+    assert forward.move(mask, there) is forward.move(mask, there)
+    assert counter.read().copies == {(str(here), str(there)): 1}
+    assert counter.read().bytes == {(str(here), str(there)): 48}
+
+
+def test_a_tensor_in_place_is_returned_itself(forward: Forward, counter: TrafficCounter, here: torch.device) -> None:
+    mask = torch.ones(3, device=here)
+    assert forward.move(mask, here) is mask
+    assert counter.read().total_copies == 0
+
+
+def test_a_source_changed_in_place_crosses_again(forward: Forward, here: torch.device, there: torch.device) -> None:
+    mask = torch.ones(3, device=here)
+    forward.move(mask, there)
+    mask.add_(1)
+    assert forward.move(mask, there).tolist() == [2, 2, 2]
+
+
+def test_a_copy_changed_in_place_is_not_given_to_the_next_block(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    mask = torch.ones(3, device=here)
+    forward.move(mask, there).add_(1)
+    assert forward.move(mask, there).tolist() == [1, 1, 1]
+
+
+def test_an_inference_tensor_crosses_once_while_one_device_has_its_turn(
+    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+) -> None:
+    with torch.inference_mode():
+        mask = torch.ones(3, device=here)
+        forward.enter(there)
+        forward.move(mask, there)
+        forward.move(mask, there)
+        assert counter.read().total_copies == 1
+        forward.enter(here)
+        mask.add_(1)
+        forward.enter(there)
+        assert forward.move(mask, there).tolist() == [2, 2, 2]
+    forward.close()
+
+
+def test_a_closed_forward_forgets(forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device) -> None:
+    mask = torch.ones(3, device=here)
+    forward.move(mask, there)
+    forward.close()
+    forward.move(mask, there)
+    assert counter.read().total_copies == 2
+
+
+def test_gradients_flow_back_through_a_shared_copy(forward: Forward, here: torch.device, there: torch.device) -> None:
+    weight = torch.ones(2, device=here, requires_grad=True)
+    (forward.move(weight, there) + forward.move(weight, there) * 3).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [4, 4]
+
+
+def test_nested_containers_keep_their_types(forward: Forward, here: torch.device, there: torch.device) -> None:
+    def tensor() -> torch.Tensor:
+        return torch.ones(2, device=here)
+
+    value = {"list": [tensor(), 1], "pair": Pair(tensor(), None), "tuple": (tensor(), "text"), "none": None}
+    moved = forward.move(value, there)
+    assert isinstance(moved["list"], list)
+    assert isinstance(moved["pair"], Pair)
+    assert isinstance(moved["tuple"], tuple)
+    assert {str(moved[key][0].device) for key in ("list", "pair", "tuple")} == {str(there)}
+    assert moved["tuple"][1] == "text"
+
+
+def test_containers_with_nothing_to_move_are_the_same_objects(forward: Forward, here: torch.device) -> None:
+    value = {"list": [torch.ones(2, device=here)], "pair": Pair(1, 2)}
+    assert forward.move(value, here) is value
+
+
+def test_named_caches_stay(forward: Forward, here: torch.device, there: torch.device) -> None:
+    cache = ((torch.ones(2, device=here),) * 2,)
+    args, kwargs = forward.move_inputs((), {"past": cache, "mask": torch.ones(2, device=here)}, there, frozenset({"past"}))
+    assert kwargs["past"] is cache
+    assert kwargs["mask"].device == there
+
+
+def test_a_container_that_moves_itself_is_asked_to_and_counted(
+    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+) -> None:
+    class Shared(UserDict):  # as transformers 5 hands keys and values from layer to layer of Gemma 4
+        def to(self, device: torch.device) -> Shared:
+            for key in list(self):
+                self[key] = self[key].to(device)
+            return self
+
+    shared = Shared(key=torch.ones(2, device=here))
+    assert forward.move(shared, there) is shared
+    assert shared["key"].device == there
+    assert counter.read().total_bytes == 8
+
+
+def test_an_output_comes_home_without_its_cache(forward: Forward, here: torch.device, there: torch.device) -> None:
+    layer = (torch.ones(2, device=there), torch.ones(2, device=there))
+    output = CausalLMOutputWithPast(logits=torch.ones(2, device=there), past_key_values=(layer, layer))
+    moved = forward.move_home(output, here, frozenset({"past_key_values"}))
+    assert isinstance(moved, CausalLMOutputWithPast)
+    assert moved.logits.device == here
+    assert moved.past_key_values[0][0] is layer[0]
+
+
+def test_a_tuple_output_comes_home_without_its_cache(forward: Forward, here: torch.device, there: torch.device) -> None:
+    layer = (torch.ones(2, device=there), torch.ones(2, device=there))
+    logits, cache, states = forward.move_home((torch.ones(2, device=there), (layer, layer), layer), here)
+    assert logits.device == here
+    assert cache[1] is layer
+    assert states[0].device == here
+
+
+def test_what_came_home_is_known_where_it_came_from(
+    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+) -> None:
+    hidden = torch.ones(2, device=there)
+    at_home = forward.move_home(hidden, here)
+    assert at_home.device == here
+    assert forward.move(at_home, there) is hidden
+    assert counter.read().total_copies == 1
+
+
+def test_an_output_that_is_home_is_the_same_object(forward: Forward, here: torch.device) -> None:
+    output = BaseModelOutput(last_hidden_state=torch.ones(2, device=here))
+    assert forward.move_home(output, here) is output
+
+
+def test_inputs_on_the_host_are_fetched(forward: Forward, there: torch.device) -> None:
+    assert forward.move(torch.ones(2), there).device == there
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (((torch.ones(1), torch.ones(1)),), True),
+        ([[torch.ones(1), torch.ones(1)]], True),
+        ((torch.ones(1), torch.ones(1)), False),
+        ((), False),
+        (None, False),
+        ((torch.ones(1), (torch.ones(1),)), False),
+        ((((), ()),), False),
+    ],
+)
+def test_a_tuple_of_layers_is_a_cache_and_a_tuple_of_tensors_is_not(value: Any, expected: bool) -> None:
+    assert is_legacy_cache(value) is expected
+
+
+def test_the_first_tensor_gives_the_device(here: torch.device, there: torch.device) -> None:
+    assert first_device(((1, None), {"a": [torch.ones(1, device=there)], "b": torch.ones(1, device=here)})) == there
+    assert first_device((1, {"a": "text"})) is None
