@@ -26,6 +26,7 @@ main() {
   cd -- "$ROOT"
   local action="${1:-}"
   [[ $# -eq 0 ]] || shift
+  [[ -z "${PYTHON:-}" ]] || version_of "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a Python that runs." 2
   case "$action" in
     --demo) demo "$@" ;;
     --test) run_tests "$@" ;;
@@ -54,7 +55,7 @@ run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
   while [[ $# -gt 0 ]]; do
     case "$1" in
       --stack)
-        [[ -f "$(requirements "${2:-}")" ]] || fail "--stack takes one of: ${STACKS[*]}." 2
+        [[ -n "${2:-}" && " ${STACKS[*]} " == *" $2 "* ]] || fail "--stack takes one of: ${STACKS[*]}." 2
         stacks=("$2")
         shift 2
         ;;
@@ -185,7 +186,6 @@ find_python() { # STACK: prints the first Python that suits it and can make envi
 
 pythons_here() { # every Python worth asking, the preferred ones first
   local name
-  [[ -z "${PYTHON:-}" ]] || version_of "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a Python that runs."
   for name in "${PYTHON:-}" python3 python3.11 python3.12 python3.13 python3.10; do
     [[ -z "$name" ]] || command -v -- "$name" || true
   done

@@ -122,6 +122,10 @@ def test_generate_sees_the_signature_of_the_models_own_forward(model: Any) -> No
 
 
 def test_a_deleted_model_dies_though_its_sharding_lives(devices: support.Devices, places: list[str]) -> None:
+    warm_up = support.spread(models.build("gptj"), places)  # libraries take their work space once for all
+    support.GREEDY.run(warm_up, places[0])
+    del warm_up
+    gc.collect()
     before = [devices.runtime.memory_allocated(place) for place in places]
     model = support.spread(models.build("gptj"), places)
     sharding = shard(model)
@@ -370,3 +374,13 @@ def test_its_repr_says_how_the_model_is_split(model: Any, places: list[str]) -> 
     assert repr(sharding).startswith(f"<Sharding on: {places[0]}: 5 blocks, {places[1]}: 5 blocks")
     sharding.disable()
     assert repr(sharding).startswith("<Sharding off")
+
+
+def test_a_compiled_forward_runs_ours_as_they_are(model: Any, places: list[str], right: list[list[int]]) -> None:
+    """transformers 5 compiles the forward by itself for a static cache on a GPU; on simulated ones we compile it."""
+    if not places[0].startswith("cuda"):
+        pytest.skip("torch.compile cannot trace simulated devices")
+    way = next(way for way in support.WAYS if way.name == "static-cache")
+    shard(model)
+    compiled = support.Way("compiled", {**way.options, "disable_compile": False}, batch=3)
+    assert compiled.run(model, places[0]).tokens.shape == torch.Size([3, 9 + compiled.new_tokens])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import vram
 from .placement import CACHE_NAME, Placement, Scope
+from .stacks import keep_untraced
 from .swaps import Installation, Installed, Swap
 from .transfers import Traffic, TrafficCounter, tensors_in
 
@@ -190,6 +191,7 @@ class Meter:
             return
         self.detach()
         self._scopes = placement.scopes
+        keep_untraced(type(self)._before_forward, type(self)._run_reply)
         modules = dict(model.named_modules())
         scopes = [modules[scope.name] for scope in placement.scopes]
         swaps = []
@@ -291,6 +293,7 @@ class _Reply:
         self._last: float | None = None
         self._length = 0
         self._awaits_first = False
+        self._went_forward = False
         self._sharded = False
         self._traffic = meter._counter.read()
 
@@ -302,6 +305,9 @@ class _Reply:
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
         """Note that a step has ended. Never stops generation."""
+        if not self._went_forward:  # assisted generation also asks whether a mere candidate would be the end
+            return False
+        self._went_forward = False
         now, traffic, sharded = time.perf_counter(), self._meter._counter.read(), self._meter._is_sharded()
         length = input_ids.shape[1]
         if self._last is None:
@@ -313,6 +319,7 @@ class _Reply:
 
     def before_forward(self) -> None:
         """A forward begins: what the step before it had to wait for has been waited for."""
+        self._went_forward = True
         if self._awaits_first:
             self._awaits_first = False
             self._meter._record_first(self._started, time.perf_counter(), self._sharded)

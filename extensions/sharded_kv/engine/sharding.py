@@ -152,6 +152,7 @@ class Sharding:
         return None if self._installation is None else self._installation()
 
     def _install(self, model: nn.Module) -> None:
+        stacks.keep_untraced(_Runtime.run_block, _Runtime.run_scope, _Runtime.run_alone, _Runtime.run_scope_inside)
         installation = _ShardingInstallation(model, self.placement, self._runtime)
         installation.install()
         self._installation = weakref.ref(installation)
@@ -218,7 +219,7 @@ class _Runtime:
         """Run one block on its device."""
         current = self.lane.forward
         if current is None:
-            return self._run_alone(self.run_block, block, forward, args, kwargs)
+            return self.run_alone(self.run_block, block, forward, args, kwargs)
         device = block.device
         home = first_device((args, kwargs)) if block.returns else None
         current.enter(device)
@@ -232,17 +233,18 @@ class _Runtime:
         if current is not None and current.owner is not scope:
             if scope.device is None:
                 return forward(*args, **kwargs)
-            return self._run_scope_inside(scope, forward, *args, **kwargs)
+            return self.run_scope_inside(scope, forward, *args, **kwargs)
         stale = self._stale()
         if stale is not None:
             return stale.renewed(scope)(*args, **kwargs)
-        return self._run_alone(self._run_scope_inside, scope, forward, args, kwargs)
+        return self.run_alone(self.run_scope_inside, scope, forward, args, kwargs)
 
     def _stale(self) -> _ShardingInstallation | None:
         installation = None if self.installation is None else self.installation()
         return None if installation is None or installation.holds else installation
 
-    def _run_scope_inside(self, scope: Scope, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def run_scope_inside(self, scope: Scope, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a scope with the memo that is open."""
         current = self.lane.forward
         assert current is not None
         home = None
@@ -253,7 +255,7 @@ class _Runtime:
         output = forward(*args, **kwargs)
         return output if home is None else current.move_home(output, home, scope.cache_names)
 
-    def _run_alone(
+    def run_alone(
         self, run: Callable[..., Any], part: Block | Scope, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Run with a memo of its own, and leave nothing behind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,19 @@ from torch.overrides import TorchFunctionMode
 
 from .swaps import Installed, Swap
 from .transfers import first_device, is_legacy_cache
+
+
+def keep_untraced(*functions: Callable[..., Any]) -> None:
+    """Have torch.compile run `functions` as they are; what they call it may compile.
+
+    transformers 5 compiles the model's forward by itself where a static cache is used on a GPU. Which forward is running is
+    nothing a compiled graph may assume, nor that a copy was made already.
+    """
+    for function in functions:
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        # Not imported for this: it takes seconds, and whoever compiles has imported it.
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.decorators.skip(function)  # type: ignore[no-untyped-call]
 
 
 def tuple_cache_swaps(modules: list[nn.Module]) -> Iterator[Swap]:

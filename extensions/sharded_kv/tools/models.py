@@ -89,9 +89,15 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             "t5",
             "t5",
-            {"d_kv": 16, "d_ff": 128, "num_decoder_layers": 6, "decoder_start_token_id": PAD_ID},
+            # T5's attention does not divide by sqrt(head size): at 16, or at the common gain, its softmax is all or nothing.
+            {
+                "d_kv": 4,
+                "d_ff": 128,
+                "feed_forward_proj": "gated-gelu",
+                "num_decoder_layers": 6,
+                "decoder_start_token_id": PAD_ID,
+            },
             is_encoder_decoder=True,
-            # T5's attention does not divide by sqrt(head size): at the common gain its softmax is all or nothing.
             gain=1.2,
         ),
         Family("qwen2", "qwen2", {**_GATED, **_GROUPED}),
@@ -293,7 +299,7 @@ def device_map(
     What the model registers before its first layer goes to the first device, what comes after a layer follows that
     layer (so the final norm and the head are on the last), which is the order accelerate itself fills devices in. OPT
     registers its final norm before its layers, so it is on the first device, there as here. Modules without parameters
-    of their own (rotary tables) are on the first device. A head that shares the embedding's weights goes where they are.
+    of their own (rotary tables) are on the first device. A head sharing the embedding's weights goes where they are.
 
     Args:
         model: the model to spread, on any device.

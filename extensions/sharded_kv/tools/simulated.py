@@ -130,17 +130,12 @@ class Traffic:
     @property
     def bytes(self) -> dict[Pair, int]:
         """Bytes per (from, to), e.g. ``{("sim:0", "sim:1"): 8192, ("cpu", "sim:0"): 64}``; pairs without any are absent."""
-        return _difference(self._now().bytes, self._before.bytes, self.copies)
+        return _difference(self._now().bytes, self._before.bytes)
 
     @property
     def copies(self) -> dict[Pair, int]:
-        """Copies per (from, to), an empty tensor's included."""
-        now = self._now().copies
-        return {
-            pair: n - self._before.copies.get(pair, 0)
-            for pair, n in now.items()
-            if n != self._before.copies.get(pair, 0)
-        }
+        """Copies per (from, to). A tensor without elements crosses without one, as in CUDA."""
+        return _difference(self._now().copies, self._before.copies)
 
     @property
     def total_bytes(self) -> int:
@@ -176,8 +171,8 @@ class Traffic:
         return f"Traffic(bytes={self.bytes}, copies={self.copies}, reads={self.reads}, switches={self.switches})"
 
 
-def _difference(now: Mapping[Pair, int], before: Mapping[Pair, int], pairs: Mapping[Pair, int]) -> dict[Pair, int]:
-    return {pair: now.get(pair, 0) - before.get(pair, 0) for pair in pairs}
+def _difference(now: Mapping[Pair, int], before: Mapping[Pair, int]) -> dict[Pair, int]:
+    return {pair: n - before.get(pair, 0) for pair, n in now.items() if n != before.get(pair, 0)}
 
 
 def _total(per_pair: Mapping[Pair, int], *, host: bool) -> int:
@@ -315,7 +310,7 @@ def _size(nbytes: int) -> str:
 
 
 class _RandomNumbers:
-    """A generator per device, and whose generator is whose.
+    """A generator per device, and which other generators are simulated devices'.
 
     torch cannot make a generator for a backend written in Python (torch/csrc/acc/Module.cpp, 2.13: getNewGenerator "not
     supported from python yet"), so a device's is a CPU generator known by its address. One consequence is useful: with the same
@@ -325,7 +320,7 @@ class _RandomNumbers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._defaults: dict[int, torch.Generator] = {}
-        self._device_of: dict[int, int] = {}
+        self._ours: set[int] = set()
         self._seed = torch.default_generator.initial_seed()
 
     def default(self, index: int) -> torch.Generator:
@@ -340,11 +335,11 @@ class _RandomNumbers:
             for generator in self._defaults.values():
                 generator.manual_seed(seed)
 
-    def own(self, generator: torch.Generator, index: int) -> None:
-        self._device_of[generator._cdata] = index
+    def own(self, generator: torch.Generator) -> None:
+        self._ours.add(generator._cdata)
 
     def disown(self, address: int) -> None:
-        self._device_of.pop(address, None)
+        self._ours.discard(address)
 
     def for_op(self, given: torch.Generator | None, index: int) -> torch.Generator:
         """The generator an operator on a device draws from.
@@ -354,7 +349,7 @@ class _RandomNumbers:
         """
         if given is None:
             return self.default(index)
-        if given._cdata not in self._device_of:
+        if given._cdata not in self._ours:
             raise RuntimeError(f"Expected a 'sim' device type for generator but found '{given.device.type}'")
         return given
 
@@ -719,6 +714,9 @@ class _Call:
         block = self.blocks.get(storage._cdata)
         if block is None:
             block = self.blocks[storage._cdata] = _backend.memory.allocate(cast(int, self.index), storage)
+        elif torch.is_inference_mode_enabled() and not all(shell.is_inference() for shell in self.shells.values()):
+            with torch.inference_mode(False):  # a view of a tensor from outside inference mode is one from outside, too
+                return _shell(raw, cast(int, self.index), block)
         return _shell(raw, cast(int, self.index), block)
 
     def _check(self, raws: Sequence[torch.Tensor]) -> None:
@@ -864,7 +862,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def _count_copy(source: torch.Tensor, target: torch.Tensor) -> None:
     """Counts a copy that has been made; see Traffic for the dtype it counts in."""
-    if source.device == target.device or source.is_meta or target.is_meta:
+    if source.device == target.device or source.is_meta or target.is_meta or not target.numel():
         return
     width = target.element_size() if source.is_cpu else source.element_size()
     _backend.counts.copy(str(source.device), str(target.device), target.numel() * width)
@@ -902,9 +900,8 @@ def _read(op: _Op, args: Any, kwargs: Any) -> Any:
 def _index(op: _Op, args: Any, kwargs: Any) -> Any:
     """index and index_put: CUDA takes indices from the CPU too, and values without dimensions from anywhere, and copies them."""
     target, indices, *rest = args
-    if rest and isinstance(rest[0], torch.Tensor):
-        rest[0] = _brought(rest[0], target.device)
-    return _compute(op, (target, [_index_on(target.device, index) for index in indices], *rest), kwargs)
+    indices = [_index_on(target.device, index) for index in indices]
+    return _compute(op, (target, indices, *[_brought(value, target.device) for value in rest]), kwargs)
 
 
 def _index_on(device: torch.device, index: torch.Tensor | None) -> torch.Tensor | None:
@@ -914,9 +911,7 @@ def _index_on(device: torch.device, index: torch.Tensor | None) -> torch.Tensor 
         raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor ({device})")
     if index.dtype not in (torch.bool, torch.uint8):
         return index.to(device)
-    index.nonzero().to(
-        device
-    )  # what CUDA sends for a mask (expandTensors in ATen/native/IndexingUtils.h): counted here
+    index.nonzero().to(device)  # to count what CUDA sends for a mask: expandTensors in ATen/native/IndexingUtils.h
     storage = index.untyped_storage()
     return _shell(index, device.index, _backend.memory.allocate(device.index, storage))
 
@@ -926,8 +921,10 @@ def _where(op: _Op, args: Any, kwargs: Any) -> Any:
     return _compute(op, [_brought(value, device) for value in args], kwargs)
 
 
-def _brought(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return value.to(device) if value.dim() == 0 and value.device != device else value
+def _brought(value: Any, device: torch.device) -> Any:
+    """An operand that CUDA copies to the others' device if it has no dimensions; a number in Python stays one."""
+    moves = isinstance(value, torch.Tensor) and value.dim() == 0 and value.device != device
+    return value.to(device) if moves else value
 
 
 def _masked_fill(op: _Op, args: Any, kwargs: Any) -> Any:
@@ -1152,21 +1149,22 @@ class _Module:
 class _SimGenerator(torch._C.Generator):
     """A generator that says it is a simulated device's; see _RandomNumbers."""
 
-    def __new__(cls, index: int) -> _SimGenerator:
-        generator = super().__new__(cls)
-        _backend.random.own(generator, index)
+    _index: int
+
+    @classmethod
+    def on(cls, index: int) -> _SimGenerator:
+        generator = cls()
+        generator._index = index
+        _backend.random.own(generator)
         weakref.finalize(generator, _backend.random.disown, generator._cdata)
         return generator
-
-    def __init__(self, index: int) -> None:
-        self._index = index
 
     @property
     def device(self) -> torch.device:
         return _device(self._index)
 
     def clone_state(self) -> _SimGenerator:
-        clone = _SimGenerator(self._index)
+        clone = _SimGenerator.on(self._index)
         clone.set_state(self.get_state())
         return clone
 
@@ -1176,7 +1174,7 @@ class _GeneratorType(type(torch._C.Generator)):  # type: ignore[misc]
 
     def __call__(cls, device: DeviceLike = "cpu") -> torch.Generator:
         place = torch.device("cpu" if device is None else device)
-        return _SimGenerator(_backend.index(place)) if place.type == "sim" else torch._C.Generator(place)
+        return _SimGenerator.on(_backend.index(place)) if place.type == "sim" else torch._C.Generator(place)
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, torch._C.Generator)

@@ -1,0 +1,127 @@
+"""Sums up what `./install.sh --test` did: one line per step and the totals as the last line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+STACKS_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many tests ended how. A check that failed and a stack that could not run count as one failure, too."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the summary.
+
+    Args:
+        name: the stack's or the check's.
+        about: the versions, or nothing.
+        outcome: the counts or a remark, in words.
+        seconds: how long it took.
+        counts: what it adds to the totals.
+    """
+
+    name: str
+    about: str
+    outcome: str
+    seconds: int
+    counts: Counts
+
+
+def main() -> int:
+    """Prints the summary of a results folder; the exit status is 1 if anything failed, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="the folder with steps.tsv and each stack's junit XML")
+    lines = read_lines(parser.parse_args().results)
+    totals = sum((line.counts for line in lines), Counts())
+    print()
+    print(*layout(lines), sep="\n")
+    print(totals)
+    return 1 if totals.failed or not lines else 0
+
+
+def read_lines(results: Path) -> list[Line]:
+    """The summary's lines from the steps that install.sh wrote down: kind, name, seconds and exit status, by tabs."""
+    steps = results / "steps.tsv"
+    rows = steps.read_text().splitlines() if steps.exists() else []
+    return [_line(results, *row.split("\t")) for row in rows]
+
+
+def layout(lines: Iterable[Line]) -> list[str]:
+    """The lines in columns."""
+    rows = [(line.name, line.about, line.outcome, f"{line.seconds} s") for line in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def count_tests(junit: Path) -> Counts:
+    """The tests in a junit XML file. Errors (in a fixture, in collecting) count as failures; xfail counts as skipped.
+
+    Raises:
+        FileNotFoundError: pytest ended before it could write the file.
+        xml.etree.ElementTree.ParseError: it ended while writing it.
+    """
+    counts = Counts()
+    for case in ElementTree.parse(junit).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            counts += Counts(failed=1)
+        elif case.find("skipped") is not None:
+            counts += Counts(skipped=1)
+        else:
+            counts += Counts(passed=1)
+    return counts
+
+
+def _line(results: Path, kind: str, name: str, seconds: str, status: str) -> Line:
+    if kind == "check":
+        ok = status == "0"
+        return Line(name, "", "clean" if ok else "failed", int(seconds), Counts(failed=0 if ok else 1))
+    if kind == "skip":
+        return Line(name, _versions(name), "skipped: no Python for it here", int(seconds), Counts(skipped=1))
+    if kind == "broken":
+        return Line(name, _versions(name), "failed: could not be installed", int(seconds), Counts(failed=1))
+    if kind == "stack":
+        return _suite_line(results, name, int(seconds), int(status))
+    raise ValueError(f"steps.tsv has a line of an unknown kind: {kind!r}.")
+
+
+def _suite_line(results: Path, name: str, seconds: int, status: int) -> Line:
+    try:
+        counts = count_tests(results / f"{name}.xml")
+    except (FileNotFoundError, ElementTree.ParseError):
+        return Line(name, _versions(name), f"failed: pytest ended with {status}", seconds, Counts(failed=1))
+    outcome = ", ".join(f"{n} {word}" for word, n in vars(counts).items() if n) or "no tests"
+    if counts.passed + counts.failed == 0:
+        counts, outcome = counts + Counts(failed=1), f"failed: ran 0 tests ({outcome})"
+    elif status != 0 and counts.failed == 0:
+        counts, outcome = counts + Counts(failed=1), f"{outcome}, but pytest ended with {status}"
+    return Line(name, _versions(name), outcome, seconds, counts)
+
+
+def _versions(stack: str) -> str:
+    """The two versions that make a stack, from its requirements."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (STACKS_FOLDER / f"{stack}.txt").read_text(), re.MULTILINE))
+    return "  ".join(f"{package} {pins[package]}" for package in ("transformers", "accelerate"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
