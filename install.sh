@@ -102,7 +102,7 @@ check() { # NAME COMMAND...
 run_suite() { # STACK PYTEST_OPTION...
   local stack="$1" status=0 started=$SECONDS workers
   shift
-  workers="$(nproc)"
+  workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
   printf '%s: running the tests\n' "$stack"
   "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
     -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" "$@" || status=$?

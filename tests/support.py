@@ -6,17 +6,16 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
-from extensions.sharded_kv.tools import models, simulated
+from extensions.sharded_kv.tools import models, simulated, traffic
 
 PAD, BOS, EOS = models.PAD_ID, models.BOS_ID, models.EOS_ID
 
@@ -45,49 +44,9 @@ class Devices:
         """torch.cuda or its like."""
         return getattr(torch, self.kind)
 
-    @contextlib.contextmanager
-    def traffic(self) -> Iterator[Any]:
+    def traffic(self) -> contextlib.AbstractContextManager[traffic.Traffic]:
         """Counts what crosses between devices inside the block: `.copies` and `.bytes` by (from, to)."""
-        if self.kind == "sim":
-            with simulated.record() as traffic:
-                yield traffic
-        else:
-            with _CountedCopies() as traffic:
-                yield traffic
-
-
-class _CountedCopies(TorchDispatchMode):
-    """Counts copies between real GPUs, as `simulated.record()` counts those between simulated ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies: dict[tuple[str, str], int] = {}
-        self.bytes: dict[tuple[str, str], int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and source.device != out.device:
-            pair = (str(source.device), str(out.device))
-            self.copies[pair] = self.copies.get(pair, 0) + 1
-            self.bytes[pair] = self.bytes.get(pair, 0) + out.numel() * out.element_size()
-        return out
-
-    def _between(self, counts: dict[tuple[str, str], int]) -> int:
-        return sum(between_devices(counts).values())
-
-    @property
-    def total_copies(self) -> int:
-        return self._between(self.copies)
-
-    @property
-    def total_bytes(self) -> int:
-        return self._between(self.bytes)
-
-
-def between_devices(counts: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """Counts without what came from or went to the host."""
-    return {pair: n for pair, n in counts.items() if n and not {"cpu", "meta"} & set(pair)}
+        return traffic.record(self.kind)
 
 
 def family_or_skip(name: str) -> str:

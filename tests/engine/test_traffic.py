@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.tools import models
+from extensions.sharded_kv.tools.traffic import between_gpus
 from tests import support
 
 FAMILIES = ("llama", "llama-gqa", "gptj", "gpt-neox", "opt", "bloom", "mpt", "falcon", "mistral-sliding", "mixtral")
@@ -113,8 +114,8 @@ def test_a_decode_step_moves_hidden_states_shared_inputs_and_logits_once_and_no_
 
     last_norm_and_head = str(model.get_output_embeddings().weight.device)
     copies, sizes = expected.expected(owners, places[0], last_norm_and_head)
-    assert support.between_devices(traffic.copies) == dict(copies)
-    assert support.between_devices(traffic.bytes) == dict(sizes)
+    assert between_gpus(traffic.copies) == dict(copies)
+    assert between_gpus(traffic.bytes) == dict(sizes)
     assert torch.equal(output.logits.argmax(-1).cpu(), expected.output.logits.argmax(-1))
 
 
@@ -128,7 +129,7 @@ def test_llama_on_two_devices_moves_these_bytes_per_token(devices: support.Devic
     with devices.traffic() as traffic:
         decode_step(model, inputs, cache)
     hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
-    moved = support.between_devices(traffic.bytes)
+    moved = between_gpus(traffic.bytes)
     assert moved[second, first] == vocabulary * 4
     assert moved[first, second] >= hidden * 4
     assert moved[first, second] <= hidden * 4 + 2 * (hidden // 4) * 4 + 8 + 8 * 4  # + cos, sin, position, mask
@@ -142,7 +143,7 @@ def test_off_again_moves_what_accelerate_moves_to_the_byte(devices: support.Devi
     def replied() -> tuple[dict[Pair, int], dict[Pair, int]]:
         with devices.traffic() as traffic:
             support.GREEDY.run(model, places[0])
-        return support.between_devices(traffic.copies), support.between_devices(traffic.bytes)
+        return between_gpus(traffic.copies), between_gpus(traffic.bytes)
 
     before = replied()
     sharding = shard(model)
@@ -161,8 +162,8 @@ def test_the_meter_counts_what_crossed(devices: support.Devices) -> None:
     with devices.traffic() as traffic:
         support.GREEDY.run(model, places[0])
     counted = meter.snapshot().traffic
-    assert dict(counted.copies) == support.between_devices(traffic.copies)
-    assert dict(counted.bytes) == support.between_devices(traffic.bytes)
+    assert dict(counted.copies) == between_gpus(traffic.copies)
+    assert dict(counted.bytes) == between_gpus(traffic.bytes)
 
 
 def test_entering_a_stage_switches_the_current_device_once(devices: support.Devices) -> None:

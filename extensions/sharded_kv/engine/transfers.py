@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,29 +127,31 @@ class Forward:
         Returns:
             `value` itself where nothing had to move.
         """
-        if isinstance(value, Tensor):
-            return value if value.device == device else self._copy(value, device)
-        if value is None or isinstance(value, (bool, int, float, str)):
+        kind = _kind(type(value))
+        if kind == "inert":
             return value
-        if isinstance(value, (tuple, list)):
-            return self._move_items(value, device, keep)
-        # Before mappings: some containers (BatchEncoding, KVSharingDict of transformers 5) are shared and move in place.
-        # No modules: caches are modules in transformers 4.45 to 4.47, and a module is nobody's input.
-        if hasattr(value, "to") and not isinstance(value, nn.Module):
-            for tensor in tensors_in(value):
-                if tensor.device != device:
-                    self._count(tensor, device)
-            return value.to(device)
-        if isinstance(value, Mapping):
-            return self._rebuilt(value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()})
-        return value
+        if kind == "tensor":
+            return value if value.device == device else self._copy(value, device)
+        if kind == "sequence":
+            moved = [self.move(item, device, keep) for item in value]
+            if all([new is old for new, old in zip(moved, value)]):
+                return value
+            return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+        if kind == "mapping":
+            return _rebuilt(value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()})
+        for tensor in tensors_in(value):
+            if tensor.device != device:
+                self._count(tensor, device)
+        return value.to(device)
 
     def move_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, keep: frozenset[str] = frozenset()
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are."""
         args = tuple([self.move(value, device, keep) for value in args])
-        kwargs = {key: value if key in keep else self.move(value, device, keep) for key, value in kwargs.items()}
+        for key, value in kwargs.items():
+            if key not in keep:
+                kwargs[key] = self.move(value, device, keep)
         return args, kwargs
 
     def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
@@ -169,18 +172,8 @@ class Forward:
                 key: item if key in keep or is_legacy_cache(item) else self.move(item, device, keep)
                 for key, item in output.items()
             }
-            return self._rebuilt(output, moved_items)
+            return _rebuilt(output, moved_items)
         return self.move(output, device, keep)
-
-    def _move_items(self, value: Any, device: torch.device, keep: frozenset[str]) -> Any:
-        moved = [self.move(item, device, keep) for item in value]
-        if all(new is old for new, old in zip(moved, value)):  # noqa: B905  # strict= costs, and the lengths are equal
-            return value
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-
-    @staticmethod
-    def _rebuilt(old: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-        return old if all(items[key] is item for key, item in old.items()) else type(old)(items)  # type: ignore[call-arg]
 
     def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
         known = self._memo.get((id(tensor), device))
@@ -206,6 +199,27 @@ class Forward:
         that runs on the others can have changed them meanwhile.
         """
         return -1 - self._turns if tensor.is_inference() else tensor._version
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind(of: type) -> Literal["tensor", "sequence", "self-moving", "mapping", "inert"]:
+    """How values of a type move. Asked for every input of every block, so it is found out once for each type."""
+    if issubclass(of, Tensor):
+        return "tensor"
+    if issubclass(of, (tuple, list)):
+        return "sequence"
+    # Before mappings: some containers (BatchEncoding, KVSharingDict of transformers 5) are shared and move in place.
+    # No modules: caches are modules in transformers 4.45 to 4.47, and a module is nobody's input.
+    if hasattr(of, "to") and not issubclass(of, nn.Module):
+        return "self-moving"
+    if issubclass(of, Mapping):
+        return "mapping"
+    return "inert"
+
+
+def _rebuilt(old: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping like `old` with other items; `old` itself if they are the same."""
+    return old if all(items[key] is item for key, item in old.items()) else type(old)(items)  # type: ignore[call-arg]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

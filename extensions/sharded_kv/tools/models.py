@@ -89,7 +89,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             "t5",
             "t5",
-            # T5's attention does not divide by sqrt(head size): at 16, or at the common gain, its softmax is all or nothing.
+            # T5 does not divide by sqrt(head size): with larger heads or weights, its softmax is all or nothing.
             {
                 "d_kv": 4,
                 "d_ff": 128,
