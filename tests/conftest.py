@@ -1,4 +1,4 @@
-"""Options and fixtures of the whole suite: the devices that a test runs on, simulated ones unless real ones are asked for."""
+"""Options and fixtures of the whole suite: above all the devices that a test runs on, simulated ones by default."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def spread(model: PreTrainedModel, devices: Sequence[str], **options: Any) -> Pr
 
 
 def simple_dispatch(model: nn.Module, device_map: dict[str, str]) -> nn.Module:
-    """Hooks as AutoGPTQ's and GPTQModel's own dispatcher sets them: on each entry alone, each sending its output back."""
+    """Hooks as AutoGPTQ's and GPTQModel's own dispatcher sets them: on each entry, each sending its output back."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils.modeling import find_tied_parameters, retie_parameters
 
@@ -189,4 +189,4 @@ def on_cpu(family: str, way: Way) -> Reply:
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Whether two sequences of tensors are equal to the last bit."""
-    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

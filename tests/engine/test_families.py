@@ -1,4 +1,4 @@
-"""Every architecture, every way of generating: the tokens of the model on the CPU, accelerate's logits to the last bit."""
+"""Every architecture, every way of generating: the CPU's tokens, and accelerate's logits to the last bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
     except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError, IndexError) as error:
         theirs, refused = None, f"{type(error).__name__}: {error}"
     sharding = shard(model)
-    assert sharding.active and sharding.enabled
+    assert sharding.active
+    assert sharding.enabled
     if theirs is None:
         pytest.skip(f"accelerate itself fails: {refused[:150]}")
     ours = way.run(model, places[0])

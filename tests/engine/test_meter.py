@@ -14,7 +14,7 @@ from transformers import StoppingCriteriaList
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine.meter import Figures
 from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import between_gpus
+from extensions.sharded_kv.tools.traffic import total
 from tests import support
 
 
@@ -83,9 +83,9 @@ def test_bytes_and_copies_per_token_are_those_that_crossed(
     with devices.traffic() as long:
         reply(model, places[0], tokens=12)
     snapshot = meter.snapshot()
-    assert snapshot.copies_per_token == (sum(between_gpus(long.copies).values()) - sum(between_gpus(short.copies).values())) / 8
+    assert snapshot.copies_per_token == (total(long.copies) - total(short.copies)) / 8
     # A mask grows by a few bytes with each token.
-    assert snapshot.bytes_per_token == pytest.approx((sum(between_gpus(long.bytes).values()) - sum(between_gpus(short.bytes).values())) / 8, rel=0.05)
+    assert snapshot.bytes_per_token == pytest.approx((total(long.bytes) - total(short.bytes)) / 8, rel=0.05)
 
 
 def test_several_tokens_in_one_step_share_its_time(model: Any, places: list[str]) -> None:
@@ -128,7 +128,7 @@ def test_a_stopped_reply_is_over(model: Any, places: list[str]) -> None:
 
 def test_memory_adds_up_on_every_device(devices: support.Devices, model: Any, places: list[str]) -> None:
     meter = shard(model).meter
-    for memory, place in zip(meter.snapshot().memory, places):
+    for memory, place in zip(meter.snapshot().memory, places, strict=True):
         weights = sum(p.numel() * p.element_size() for p in model.parameters() if str(p.device) == place)
         buffers = sum(b.numel() * b.element_size() for b in model.buffers() if str(b.device) == place)
         assert memory.device == place

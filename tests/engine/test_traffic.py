@@ -1,4 +1,4 @@
-"""What one decode step moves: exactly the hidden states, each shared input once per device, and the logits. No cache."""
+"""What one decode step moves: hidden states, each shared input once per device, and logits; nothing of the cache."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Inputs:
         self.others.append(tensors[1:])
 
     def expected(self, owners: list[str], main: str, head: str) -> tuple[Counter[Pair], Counter[Pair]]:
-        """Copies and bytes for layers on `owners`, with all shared inputs made on `main` and the logits wanted there."""
+        """Copies and bytes for layers on `owners`; shared inputs are made on `main`, and the logits wanted there."""
         copies: Counter[Pair] = Counter()
         sizes: Counter[Pair] = Counter()
 
@@ -69,7 +69,7 @@ class Inputs:
                 sizes[source, target] += size(tensor)
 
         here, reached = main, {(key, main) for key in self.shared}
-        for owner, hidden, others in zip(owners, self.hidden, self.others):
+        for owner, hidden, others in zip(owners, self.hidden, self.others, strict=True):
             cross(hidden, here, owner)
             here = owner
             for tensor in others:

@@ -81,7 +81,9 @@ def test_an_inference_tensor_crosses_once_while_one_device_has_its_turn(
     forward.close()
 
 
-def test_a_closed_forward_forgets(forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device) -> None:
+def test_a_closed_forward_forgets(
+    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+) -> None:
     mask = torch.ones(3, device=here)
     forward.move(mask, there)
     forward.close()
@@ -116,7 +118,7 @@ def test_containers_with_nothing_to_move_are_the_same_objects(forward: Forward, 
 
 def test_named_caches_stay(forward: Forward, here: torch.device, there: torch.device) -> None:
     cache = ((torch.ones(2, device=here),) * 2,)
-    args, kwargs = forward.move_inputs((), {"past": cache, "mask": torch.ones(2, device=here)}, there, frozenset({"past"}))
+    _, kwargs = forward.move_inputs((), {"past": cache, "mask": torch.ones(2, device=here)}, there, frozenset({"past"}))
     assert kwargs["past"] is cache
     assert kwargs["mask"].device == there
 

@@ -1,7 +1,7 @@
-"""Measures replies: seconds/token, first-token time, traffic and memory, with sharding on and off, without slowing them.
+"""Measures replies, with sharding on and off: seconds/token, first-token time, traffic and memory.
 
-A reply is one call of `generate()`. A token's time is taken when generation asks its stopping criteria, which it does once
-for each step in every version of transformers and for every way of decoding. Nothing here synchronises a device.
+A reply is one call of `generate()`. A token's time is taken when generation asks its stopping criteria, which it does
+once for each step in every version of transformers and for every way of decoding. Nothing here synchronises a device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .stacks import keep_untraced
 from .swaps import Installation, Installed, Swap
 from .transfers import Traffic, TrafficCounter, tensors_in
 
-# The figures of a reply are medians over its most recent tokens, so that one slow step (another program, a grown cache) does
-# not show; the chart shows every token of the recent minutes.
+# The figures of a reply are medians over its most recent tokens, so that one slow step (another program, a grown
+# cache) does not show; the chart shows every token of the recent minutes.
 _RECENT_TOKENS = 32
 _CHART_TOKENS = 512
 # How often memory is looked at while a reply is written; a look costs about 0.1 ms for each device.
@@ -56,8 +56,8 @@ class Figures:
     Attributes:
         seconds_per_token: median over the recent decode steps; None before the second token.
         first_token_seconds: from the call of `generate()` until the first token was there; None until then.
-        bytes_per_token, copies_per_token: mean over the recent decode steps; None while sharding is off, when accelerate
-            moves tensors and does not count.
+        bytes_per_token, copies_per_token: mean over the recent decode steps; None while sharding is off, when
+            accelerate moves tensors and does not count.
         tokens: how many were measured.
     """
 
@@ -218,7 +218,8 @@ class Meter:
 
     def _run_reply(self, generate: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `generate()` with a clock among its stopping criteria."""
-        # The fourth positional argument is `stopping_criteria` too; nobody passes it so, and then the reply is not measured.
+        # The fourth positional argument is `stopping_criteria` too; nobody passes it so, and then the reply is not
+        # measured.
         if self._lane.reply is not None or len(args) > 3:
             return generate(*args, **kwargs)
         reply = self._lane.reply = _Reply(self)
@@ -352,7 +353,7 @@ class _Recorder:
 
 
 class _MemoryMarks:
-    """Our own marks of memory: torch's peak belongs to everybody in the process, and resetting it would falsify theirs."""
+    """Our own marks of memory: torch's peak belongs to everybody in the process, so we must not reset it."""
 
     def __init__(self) -> None:
         self.peak: dict[torch.device, int] = {}

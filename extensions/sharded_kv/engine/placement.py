@@ -1,6 +1,7 @@
 """Reads what runs where: the blocks and stages of a model that accelerate, AutoGPTQ or GPTQModel spread over devices.
 
-Everything is taken from the hooks that are there and from the devices of the weights, never from the names of modules or classes.
+Everything is taken from the hooks that are there and from the devices of the weights, never from the names of modules
+or classes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """A module with blocks below it, whose own code runs between them. One forward of the outermost scope is one forward.
+    """A module with blocks below it, whose own code runs between them.
 
     Attributes:
         name: its qualified name, "" for the model itself.
@@ -66,7 +67,8 @@ class Placement:
         stages: in the order of execution, as far as the order of registration tells it.
         scopes: outermost first.
         bare: names of the modules inside blocks whose hooks have nothing to do there.
-        doors: names of the embeddings inside blocks: token ids reach them from outside too (``get_input_embeddings()``).
+        doors: names of the embeddings inside blocks: token ids reach them from outside too
+            (``get_input_embeddings()``).
         reason: one sentence on why there is nothing to shard; "" if there is.
     """
 
@@ -138,8 +140,8 @@ class _Facts:
     def device(self) -> torch.device | None:
         """The one device all of it runs on; None if there are several, or none is known.
 
-        Weights that lie somewhere say more than a hook does: after `model.to()`, or with a parameter tied to one on another
-        device, the hook's device is out of date.
+        Weights that lie somewhere say more than a hook does: after `model.to()`, or with a parameter tied to one on
+        another device, the hook's device is out of date.
         """
         devices = self.weights | self.execution if self.offload or not self.weights else self.weights
         return next(iter(devices)) if len(devices) == 1 else None
@@ -192,8 +194,8 @@ class _Reader:
         """Note the blocks and scopes at and below `module`; True if there is a block among them.
 
         Args:
-            feeds_a_block: the output of `module` is passed on as it is to the next block. So it is for the elements of a
-                list of layers and for what comes after that list (the final norm, the head); accelerate's own
+            feeds_a_block: the output of `module` is passed on as it is to the next block. So it is for the elements of
+                a list of layers and for what comes after that list (the final norm, the head); accelerate's own
                 `dispatch_model` relies on it. Elsewhere (token and position embeddings that are added up, experts of a
                 layer, parts of a layer around its residual) an output meets others outside any block.
             in_list: there is a list of modules above.
@@ -226,7 +228,8 @@ class _Reader:
         facts = self.facts[module]
         assert facts.device is not None
         keeps = facts.offload or not is_plainly_hooked(module)
-        returns = not keeps and not feeds_a_block and module._hf_hook.io_same_device
+        hook = plain_hook(module)
+        returns = not keeps and not feeds_a_block and hook is not None and bool(hook.io_same_device)
         self.modules[Block(name, facts.device, keeps, returns, facts.weight)] = module
         for inner_name, inner in module.named_modules():
             if inner in self.seen:
@@ -240,7 +243,7 @@ class _Reader:
                 self.bare.append(_join(name, inner_name))
 
     def _stages(self) -> tuple[Stage, ...]:
-        """Runs of blocks on one device. What has no parameters (rotary tables) is registered anywhere: it joins a run."""
+        """Runs of blocks on one device. What has no parameters (rotary tables), registered anywhere, joins a run."""
         runs: list[list[Block]] = []
         for block, module in self.modules.items():
             if any(True for _ in module.parameters()):
@@ -273,7 +276,9 @@ class _Reader:
                 return "It has no weights."
             if len(facts.weights) > 1:
                 places = ", ".join(sorted(map(str, facts.weights)))
-                return f"It is on {places} without accelerate's hooks: load it with device_map='auto' to have it sharded."
+                return (
+                    f"It is on {places} without accelerate's hooks: load it with device_map='auto' to have it sharded."
+                )
             return f"It is on one device ({next(iter(facts.weights))}): there is nothing to shard."
         devices = {block.device for block in self.modules}
         if len(devices) > 1:
@@ -284,16 +289,26 @@ class _Reader:
         return f"{where}: there is nothing to shard."
 
 
-def is_plainly_hooked(module: nn.Module) -> bool:
-    """Whether `module` runs under an alignment hook of accelerate's and nothing else: nobody else's hook, nobody's wrapper
-    around it, no weights to fetch."""
+def plain_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """accelerate's alignment hook on `module`; None if there is none, another's, or one that fetches weights."""
     hook = module.__dict__.get("_hf_hook")
-    if type(hook) is not AlignDevicesHook or hook.offload:
+    if not isinstance(hook, AlignDevicesHook) or type(hook) is not AlignDevicesHook or hook.offload:
+        return None
+    return hook
+
+
+def is_plainly_hooked(module: nn.Module) -> bool:
+    """Whether `module` runs under an alignment hook of accelerate's and nothing else.
+
+    That is: nobody else's hook, nobody's wrapper around it, and no weights to fetch.
+    """
+    hook = plain_hook(module)
+    if hook is None:
         return False
     # Up to accelerate 0.20 `forward` is a function, later a partial of one; both are made in accelerate.hooks.
     forward = module.__dict__.get("forward")
     function = getattr(forward, "func", forward)
-    return getattr(function, "__globals__", {}).get("__name__") == AlignDevicesHook.__module__
+    return bool(getattr(function, "__globals__", {}).get("__name__") == AlignDevicesHook.__module__)
 
 
 def _scope(module: nn.Module, name: str) -> Scope:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import stacks
 from .meter import Meter
@@ -34,8 +34,8 @@ def shard(model: Any) -> Sharding:
     """Attach to a model that is spread over several devices, and enable.
 
     Args:
-        model: as `from_pretrained(device_map=...)`, `dispatch_model`, AutoGPTQ or GPTQModel left it; wrappers around such a
-            model (PeftModel, AutoGPTQ's) too.
+        model: as `from_pretrained(device_map=...)`, `dispatch_model`, AutoGPTQ or GPTQModel left it; wrappers around
+            such a model (PeftModel, AutoGPTQ's) too.
 
     Returns:
         The model's Sharding: always the same one for the same model. It is inactive, with a reason, for a model that
@@ -78,7 +78,9 @@ class Sharding:
             self.placement = read_placement(model)
         else:
             kind = type(model).__name__
-            self.placement = Placement(reason=f"It is a {kind}, which is no torch model: it places its parts by itself.")
+            self.placement = Placement(
+                reason=f"It is a {kind}, which is no torch model: it places its parts by itself."
+            )
 
     def __repr__(self) -> str:
         what = self.placement.describe() if self.active else self.reason
@@ -175,7 +177,8 @@ class Sharding:
                 return
             self.placement = read_placement(model)
             if self.placement.blocks:
-                # Also when all of it is on one device now: accelerate's hooks would send the inputs where the weights were.
+                # Also when all of it is on one device now: accelerate's hooks would send the inputs where the weights
+                # were.
                 self._install(model)
             logger.warning("The model was moved or dispatched again. %s", self.reason or self.placement.describe())
 
@@ -284,7 +287,7 @@ class _Anchor:
             return False
         if self.holder is None:
             return True
-        tensor = self.holder._parameters.get(self.weight)
+        tensor: Tensor | None = self.holder._parameters.get(self.weight)
         if tensor is None:
             tensor = self.holder._buffers.get(self.weight)
         return tensor is not None and tensor.device == self.block.device
@@ -293,8 +296,8 @@ class _Anchor:
 class _ShardingInstallation(Installation):
     """Our forwards on one model.
 
-    Block by block they may take effect while another thread is in a forward: a block aligns its inputs by itself, whoever
-    called it. A module inside a block loses its hook after the block has got ours, and gets it back before.
+    Block by block they may take effect while another thread is in a forward: a block aligns its inputs by itself,
+    whoever called it. A module inside a block loses its hook after the block has got ours, and gets it back before.
     """
 
     def __init__(self, model: nn.Module, placement: Placement, runtime: _Runtime) -> None:
@@ -311,7 +314,7 @@ class _ShardingInstallation(Installation):
     @property
     def holds(self) -> bool:
         """Whether the model is still placed as it was read and still runs by these forwards."""
-        return all([anchor.holds for anchor in self._anchors])
+        return all(anchor.holds for anchor in self._anchors)
 
     def renewed(self, scope: Scope) -> Callable[..., Any]:
         """The forward that the module of `scope` has once the model's placement was read again."""
@@ -338,9 +341,13 @@ class _ShardingInstallation(Installation):
         yield from stacks.tuple_cache_swaps([self._modules[scope.name] for scope in placement.scopes])
 
     @staticmethod
-    def _installed(run: Callable[..., Any], part: Block | Scope, inner: Callable[..., Any], module: nn.Module) -> Installed:
+    def _installed(
+        run: Callable[..., Any], part: Block | Scope, inner: Callable[..., Any], module: nn.Module
+    ) -> Installed:
         # generate() asks model.forward for its signature (position_ids, logits_to_keep): it must see the model's own.
-        return functools.update_wrapper(Installed(run, part, inner), module.forward)
+        installed = Installed(run, part, inner)
+        functools.update_wrapper(installed, module.forward)
+        return installed
 
     def _anchor(self, block: Block, forward: Installed) -> _Anchor:
         module = self._modules[block.name]

@@ -19,22 +19,22 @@ from .transfers import first_device, is_legacy_cache
 def keep_untraced(*functions: Callable[..., Any]) -> None:
     """Have torch.compile run `functions` as they are; what they call it may compile.
 
-    transformers 5 compiles the model's forward by itself where a static cache is used on a GPU. Which forward is running is
-    nothing a compiled graph may assume, nor that a copy was made already.
+    transformers 5 compiles the model's forward by itself where a static cache is used on a GPU. Which forward is
+    running is nothing a compiled graph may assume, nor that a copy was made already.
     """
     for function in functions:
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
         # Not imported for this: it takes seconds, and whoever compiles has imported it.
         if "torch._dynamo" in sys.modules:
-            torch._dynamo.decorators.skip(function)  # type: ignore[no-untyped-call]
+            torch._dynamo.decorators.skip(function)
 
 
 def tuple_cache_swaps(modules: list[nn.Module]) -> Iterator[Swap]:
     """What generation code of transformers before 4.36 needs for a cache whose layers are on several devices.
 
-    Until caches became objects (`transformers.cache_utils`, 4.36), beam search indexed every layer's cache with a beam index
-    on the first GPU (`_reorder_cache`, e.g. models/llama/modeling_llama.py:758 of 4.28.1), and so did contrastive search
-    (generation/utils.py:1989).
+    Until caches became objects (`transformers.cache_utils`, 4.36), beam search indexed every layer's cache with a beam
+    index on the first GPU (`_reorder_cache`, e.g. models/llama/modeling_llama.py:758 of 4.28.1), and so did contrastive
+    search (generation/utils.py:1989).
 
     Args:
         modules: those whose `generate` may be called.

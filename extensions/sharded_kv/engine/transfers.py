@@ -37,7 +37,11 @@ class Traffic:
     def __sub__(self, earlier: Traffic) -> Traffic:
         """What has crossed since `earlier`."""
         return Traffic(
-            {pair: n - earlier.copies.get(pair, 0) for pair, n in self.copies.items() if n != earlier.copies.get(pair, 0)},
+            {
+                pair: n - earlier.copies.get(pair, 0)
+                for pair, n in self.copies.items()
+                if n != earlier.copies.get(pair, 0)
+            },
             {pair: n - earlier.bytes.get(pair, 0) for pair, n in self.bytes.items() if n != earlier.bytes.get(pair, 0)},
         )
 
@@ -79,7 +83,7 @@ class _Copy:
 class Forward:
     """One forward of a model in one thread: its memo of transfers and the device whose turn it is.
 
-    Use it as a context manager; at its end, by an exception too, the memo is dropped and the caller's current device is back.
+    Whoever makes one closes it, after an exception too.
 
     Args:
         owner: identity of the scope that opened it.
@@ -103,7 +107,7 @@ class Forward:
             runtime.set_device(index)
 
     def enter(self, device: torch.device) -> None:
-        """Make `device` current, so that no kernel launched there has to switch. Costs nothing if it is its turn already."""
+        """Make `device` current, so that no kernel launched there has to switch."""
         if device == self._current:
             return
         self._turns += 1
@@ -119,26 +123,28 @@ class Forward:
         """`value` with every tensor in it on `device`.
 
         Args:
-            value: a tensor, or what accelerate's `send_to_device` takes: nested tuples, lists, mappings and objects with a
-                ``to`` method. Anything else, caches of transformers among it, is returned as it is.
+            value: a tensor, or what accelerate's `send_to_device` takes: nested tuples, lists, mappings and objects
+                with a ``to`` method. Anything else, caches of transformers among it, is returned as it is.
             device: where to.
             keep: keys of mappings whose values stay where they are.
 
         Returns:
             `value` itself where nothing had to move.
         """
-        kind = _kind(type(value))
+        kind = _kind(type(value))  # type: ignore[arg-type]
         if kind == "inert":
             return value
         if kind == "tensor":
             return value if value.device == device else self._copy(value, device)
         if kind == "sequence":
             moved = [self.move(item, device, keep) for item in value]
-            if all([new is old for new, old in zip(moved, value)]):
+            if all(new is old for new, old in zip(moved, value, strict=True)):
                 return value
             return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
         if kind == "mapping":
-            return _rebuilt(value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()})
+            return _rebuilt(
+                value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()}
+            )
         for tensor in tensors_in(value):
             if tensor.device != device:
                 self._count(tensor, device)
@@ -177,7 +183,11 @@ class Forward:
 
     def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
         known = self._memo.get((id(tensor), device))
-        if known is not None and known.source_stamp == self._stamp(tensor) and known.copy_stamp == self._stamp(known.copy):
+        if (
+            known is not None
+            and known.source_stamp == self._stamp(tensor)
+            and known.copy_stamp == self._stamp(known.copy)
+        ):
             copy: Tensor = known.copy
             return copy
         # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
@@ -195,8 +205,8 @@ class Forward:
     def _stamp(self, tensor: Tensor) -> int:
         """Changes when `tensor` was changed in place.
 
-        Inference tensors do not count their changes: of them a copy is good while one device has its turn, since nothing
-        that runs on the others can have changed them meanwhile.
+        Inference tensors do not count their changes: of them a copy is good while one device has its turn, since
+        nothing that runs on the others can have changed them meanwhile.
         """
         return -1 - self._turns if tensor.is_inference() else tensor._version
 

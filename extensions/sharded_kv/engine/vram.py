@@ -61,7 +61,10 @@ def usage(device: torch.device) -> Usage:
 
 
 def _process_by_driver(device: torch.device) -> int | None:
-    """What the driver says this process holds; None where it does not say (no nvidia-ml-py, a container's own process ids)."""
+    """What the driver says this process holds.
+
+    None where it does not say: without nvidia-ml-py, or in a container, whose process ids are its own.
+    """
     if device.type != "cuda":
         return None
     nvml = _nvml()

@@ -1,6 +1,7 @@
 """The demo: a tiny Llama from a checkpoint on disk, spread over two GPUs, replying with sharding off and on.
 
-`python -m extensions.sharded_kv.tools.demo` runs it over the machine's GPUs if there are two, over two simulated ones otherwise.
+`python -m extensions.sharded_kv.tools.demo` runs it over the machine's GPUs if there are two, over two simulated ones
+otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from .. import Sharding, shard
@@ -57,12 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Writing a tiny {options.family} checkpoint and loading it over {', '.join(devices)} ...", flush=True)
         model = load(models.save(options.family, Path(folder) / options.family), devices)
         sharding = shard(model)
-        inputs = AutoTokenizer.from_pretrained(Path(folder) / options.family)(PROMPT, return_tensors="pt").to(devices[0])
+        tokenizer = AutoTokenizer.from_pretrained(Path(folder) / options.family)
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(devices[0])
     print(f"Stages: {sharding.placement.describe()}\n", flush=True)
     off, on = compare(model, sharding, inputs, options.tokens)
     print(table(off, on))
     if devices[0].startswith("sim"):
-        print("\nThe GPUs are simulated on the CPU: bytes, copies and memory are exact, times are the simulation's own.")
+        print(
+            "\nThe GPUs are simulated on the CPU: bytes, copies and memory are exact, times are the simulation's own."
+        )
     equal = off.tokens == on.tokens
     print("\nEqual tokens." if equal else "\nThe tokens DIFFER: please report this with the versions above.")
     return 0 if equal else 1
@@ -71,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load(folder: Path, devices: Sequence[str]) -> Any:
     """The checkpoint in `folder`, loaded as the webui loads one, its layers spread evenly over `devices`."""
     with torch.device("meta"):
-        config = models.AutoConfig.from_pretrained(folder)
-        skeleton = AutoModelForCausalLM.from_config(config)
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=models.device_map(skeleton, [*map(torch.device, devices)])).eval()
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    device_map = models.device_map(skeleton, [torch.device(device) for device in devices])
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map).eval()
 
 
 def compare(model: Any, sharding: Sharding, inputs: Any, tokens: int) -> tuple[Figures, Figures]:
@@ -90,14 +94,16 @@ def compare(model: Any, sharding: Sharding, inputs: Any, tokens: int) -> tuple[F
     """
     times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     crossed, memory, replies = {}, {}, {}
-    with tqdm(total=2 * (ROUNDS + 1), desc="Replying with sharding off and on", file=sys.stderr, leave=False) as progress:
+    with tqdm(
+        total=2 * (ROUNDS + 1), desc="Replying with sharding off and on", file=sys.stderr, leave=False
+    ) as progress:
         for turn in range(ROUNDS + 1):
             for on, switch in ((False, sharding.disable), (True, sharding.enable)):
                 switch()
                 if turn == 0:  # warms up, and counting would cost time in the others
                     with traffic.record(model.device.type) as counted:
                         replies[on] = _reply(model, inputs, tokens)
-                    crossed[on] = [sum(traffic.between_gpus(n).values()) / tokens for n in (counted.bytes, counted.copies)]
+                    crossed[on] = traffic.total(counted.bytes) / tokens, traffic.total(counted.copies) / tokens
                 else:
                     _reply(model, inputs, tokens)
                     snapshot = sharding.meter.snapshot()
@@ -106,7 +112,7 @@ def compare(model: Any, sharding: Sharding, inputs: Any, tokens: int) -> tuple[F
                 progress.update()
 
     def figures(on: bool) -> Figures:
-        seconds, first = (statistics.median(column) for column in zip(*times[on]))
+        seconds, first = (statistics.median(column) for column in zip(*times[on], strict=True))
         return Figures(*crossed[on], seconds, first, memory[on], replies[on])
 
     return figures(False), figures(True)
@@ -123,7 +129,7 @@ def table(off: Figures, on: Figures) -> str:
     ]
     rows += [
         (f"{before.device}: peak MiB of a reply", f"{before.peak / 2**20:,.2f}", f"{after.peak / 2**20:,.2f}")
-        for before, after in zip(off.memory, on.memory)
+        for before, after in zip(off.memory, on.memory, strict=True)
     ]
     rows += [(f"{after.device}: weights MiB", *[f"{after.weights / 2**20:,.2f}"] * 2) for after in on.memory]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -148,7 +154,9 @@ def _devices(asked: str | None) -> list[str]:
     if kind == "sim":
         simulated.start(int(count))
     elif torch.cuda.device_count() < int(count):
-        sys.exit(f"There are {torch.cuda.device_count()} CUDA GPUs here, not {count}: --devices sim:{count} simulates them.")
+        sys.exit(
+            f"There are {torch.cuda.device_count()} CUDA GPUs here, not {count}: --devices sim:{count} simulates them."
+        )
     return [f"{kind}:{index}" for index in range(int(count))]
 
 

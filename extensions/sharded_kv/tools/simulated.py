@@ -424,6 +424,51 @@ def _indexed(value: Any) -> Any:
     return _device(_backend.current.index) if bare else value
 
 
+class _Backward(threading.local):
+    """Runs the autograd engine with a backend in Python, which it is not made for (torch 2.13).
+
+    It has a thread for device 0 only, because the guard's deviceCount() is always 1: so backward runs in the caller's thread.
+    And a Python error from an operator ends the process: while it unwinds, the engine restores its stream, for which the guard
+    calls Python once more, which fails, in a function that must not (exchangeStream in torch/csrc/acc/Module.cpp). So inside
+    backward an operator keeps its error and returns what torch rejects with a C++ error; that one unwinds well, and makes
+    way for the true one at the end.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._error: Exception | None = None
+
+    def shielded(self, run: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return run(func, args, kwargs)
+        except Exception as error:
+            if not self._depth:
+                raise
+            self._error = error
+            return _Failed()
+
+    def wrapped(self, engine: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(engine)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            try:
+                with torch.autograd.set_multithreading_enabled(False):
+                    return engine(*args, **kwargs)
+            except RuntimeError as error:
+                if self._error is None or _Failed.__name__ not in str(error):
+                    raise
+                raise self._error from None
+            finally:
+                self._depth -= 1
+                self._error = None
+
+        return run
+
+
+class _Failed:
+    """No tensor: what an operator that has failed inside backward returns."""
+
+
 class _Backend:
     """The one simulated backend of this process."""
 
@@ -434,6 +479,7 @@ class _Backend:
         self.memory = _Memory()
         self.random = _RandomNumbers()
         self.current = _CurrentDevice()
+        self.backward = _Backward()
         self.libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library object
 
     def index(self, device: DeviceLike) -> int:
@@ -498,7 +544,7 @@ class SimTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        return _backend.backward.shielded(_run, func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         text = repr(self.raw)[: -len(")")]
@@ -1032,7 +1078,7 @@ _FACTORIES = (
 )
 
 
-def _factory(func: Any, *args: Any, **kwargs: Any) -> Any:
+def _factory(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an operator without tensors among its operands: it makes a new one."""
     op = _describe(func)
     if kwargs.get("device") is None:
@@ -1042,8 +1088,12 @@ def _factory(func: Any, *args: Any, **kwargs: Any) -> Any:
     return call.wrap(_draw(op, cast(int, call.index), list(args), kwargs))
 
 
-def _run_plain(func: Any, *args: Any, **kwargs: Any) -> Any:
-    return _run(func, args, kwargs)
+def _kernel(run: Callable[..., Any], func: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _backend.backward.shielded(run, func, args, kwargs)
+
+
+def _fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return _backend.backward.shielded(_factory, func, args, kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1186,11 +1236,11 @@ def _register() -> None:
     for name in _FACTORIES:
         packet, _, overload = name.partition(".")
         func = getattr(getattr(aten, packet), overload or "default")
-        library.impl(name, functools.partial(_factory, func), "PrivateUse1")
+        library.impl(name, _kernel(_factory, func), "PrivateUse1")
     # torch.tensor() switches Python dispatch off inside, so its copy to the device comes as the backend's own operator.
-    library.impl("_copy_from", functools.partial(_run_plain, aten._copy_from.default), "PrivateUse1")
+    library.impl("_copy_from", _kernel(_run, aten._copy_from.default), "PrivateUse1")
     fallbacks = torch.library.Library("_", "IMPL")
-    fallbacks.fallback(_factory, "PrivateUse1")
+    fallbacks.fallback(_fallback, "PrivateUse1")
     _backend.libraries += [library, fallbacks]
     _replace_in_torch()
 
@@ -1198,23 +1248,13 @@ def _register() -> None:
 def _replace_in_torch() -> None:
     """What torch answers in C++ without asking a backend that is written in Python (torch/csrc/acc/Module.cpp, 2.13)."""
     torch.Generator = _GeneratorType("Generator", (torch._C.Generator,), {})  # type: ignore[misc, assignment]
-    # The autograd engine has a thread for device 0 only: it asks the guard, whose deviceCount() is always 1.
-    backward = _in_this_thread(torch.autograd.graph._engine_run_backward)
+    backward = _backend.backward.wrapped(torch.autograd.graph._engine_run_backward)
     torch.autograd.graph._engine_run_backward = backward
     torch.autograd._engine_run_backward = backward  # type: ignore[attr-defined]
     module = torch.get_device_module("sim")
     torch.accelerator.current_device_index = module.current_device
     torch.accelerator.set_device_index = module.set_device
     torch.accelerator.synchronize = module.synchronize
-
-
-def _in_this_thread(run: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(run)
-    def backward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.set_multithreading_enabled(False):
-            return run(*args, **kwargs)
-
-    return backward
 
 
 _backend = _Backend()

@@ -30,8 +30,8 @@ def record(kind: str) -> Iterator[Traffic]:
     """Count copies and bytes between devices.
 
     Args:
-        kind: "sim", or the type of real devices ("cuda"). On real ones each operator costs some microseconds more while it
-            counts: do not take the time in the same run.
+        kind: "sim", or the type of real devices ("cuda"). On real ones each operator costs some microseconds more
+            while it counts: do not take the time in the same run.
     """
     with simulated.record() if kind == "sim" else _RealTraffic() as traffic:
         yield traffic
@@ -40,6 +40,11 @@ def record(kind: str) -> Iterator[Traffic]:
 def between_gpus(counts: dict[Pair, int]) -> dict[Pair, int]:
     """Counts without what came from or went to the host."""
     return {pair: n for pair, n in counts.items() if n and not {"cpu", "meta"} & set(pair)}
+
+
+def total(counts: dict[Pair, int]) -> int:
+    """Sum of the counts between GPUs."""
+    return sum(between_gpus(counts).values())
 
 
 class _RealTraffic(TorchDispatchMode):
