@@ -89,7 +89,7 @@ run_checks() {
   local python
   python="$(venv_python now)"
   check "ruff format" "$python" -m ruff format --check .
-  check "ruff check" "$python" -m ruff check .
+  check "ruff check" "$python" -m ruff check --output-format concise .
   check "mypy" "$python" -m mypy
 }
 

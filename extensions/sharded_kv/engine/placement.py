@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
@@ -291,10 +292,8 @@ class _Reader:
 
 def plain_hook(module: nn.Module) -> AlignDevicesHook | None:
     """accelerate's alignment hook on `module`; None if there is none, another's, or one that fetches weights."""
-    hook = module.__dict__.get("_hf_hook")
-    if not isinstance(hook, AlignDevicesHook) or type(hook) is not AlignDevicesHook or hook.offload:
-        return None
-    return hook
+    hook: Any = vars(module).get("_hf_hook")
+    return hook if type(hook) is AlignDevicesHook and not hook.offload else None
 
 
 def is_plainly_hooked(module: nn.Module) -> bool:

@@ -392,7 +392,12 @@ class _BareDevices(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_with_index(args), **{name: _indexed(value) for name, value in (kwargs or {}).items()})
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            args = [_indexed(value) for value in args]
+        if "device" in kwargs and func is not torch.device:
+            kwargs = {**kwargs, "device": _indexed(kwargs["device"])}
+        return func(*args, **kwargs)
 
     def install(self) -> None:
         # At the bottom of the stack, like torch's own device mode: other modes leave in their own order.
@@ -410,10 +415,6 @@ class _BareDevices(TorchFunctionMode):
     def _restack(modes: list[Any]) -> None:
         for mode in reversed(modes):
             torch.overrides._push_mode(mode)
-
-
-def _with_index(args: Sequence[Any]) -> list[Any]:
-    return [_indexed(value) for value in args]
 
 
 def _indexed(value: Any) -> Any:
