@@ -25,7 +25,7 @@ CPU, SIM0, SIM1, SIM2 = "cpu", "sim:0", "sim:1", "sim:2"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection() -> Iterator[None]:
-    """Collecting after each test (tests/conftest.py) takes 0.2 s with all of transformers to look at, and none without."""
+    """Collecting after each test (tests/conftest.py) takes 0.2 s with all of transformers to look through."""
     gc.collect()
     gc.freeze()
     yield
@@ -59,7 +59,9 @@ def on(device: str, *values: float) -> Tensor:
         lambda x, target: torch.empty(4, device=target).copy_(x),
         lambda x, target: torch.empty(4, device=target).__setitem__(slice(None), x),
         lambda x, target: torch.ops.aten._to_copy(x, device=torch.device(target)),
-        lambda x, target: torch.ops.aten._copy_from(x, torch.empty(4, device=target)) if "sim" in target else x.to(target),
+        lambda x, target: (
+            torch.ops.aten._copy_from(x, torch.empty(4, device=target)) if "sim" in target else x.to(target)
+        ),
         lambda x, target: x.to(target, non_blocking=True),
         lambda x, target: torch.zeros(1, device=target).to(x.dtype) if x.device == target else x.to(device=target),
         lambda x, target: x.requires_grad_().to(target),
@@ -67,7 +69,19 @@ def on(device: str, *values: float) -> Tensor:
         lambda x, target: torch.as_tensor(x, device=target),
         lambda x, target: x.type_as(torch.empty(0, device=target)),
     ],
-    ids=["to", "copy_", "setitem", "_to_copy", "_copy_from", "non_blocking", "keyword", "grad", "module", "as_tensor", "type_as"],
+    ids=[
+        "to",
+        "copy_",
+        "setitem",
+        "_to_copy",
+        "_copy_from",
+        "non_blocking",
+        "keyword",
+        "grad",
+        "module",
+        "as_tensor",
+        "type_as",
+    ],
 )
 def test_a_move_is_one_copy_of_its_bytes(source: str, target: str, move: Callable[[Tensor, str], Any]) -> None:
     x = on(source)
@@ -235,7 +249,9 @@ def in_threads(count: int, work: Callable[[], None]) -> None:
 # Operands on several devices ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operate", [torch.add, torch.dot, torch.outer, torch.maximum, lambda x, y: torch.cat([x, y]), F.mse_loss])
+@pytest.mark.parametrize(
+    "operate", [torch.add, torch.dot, torch.outer, torch.maximum, lambda x, y: torch.cat([x, y]), F.mse_loss]
+)
 def test_operands_on_two_devices_are_refused(operate: Callable[[Tensor, Tensor], Any]) -> None:
     with pytest.raises(RuntimeError, match=r"same device, but found at least two devices, sim:0 and sim:1!"):
         operate(on(SIM0), on(SIM1))
@@ -262,6 +278,27 @@ def test_a_scalar_on_the_cpu_may_stand_beside_a_tensor() -> None:
     assert traffic.copies[CPU, SIM0] == 1  # the operand's own making, from numbers
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda host, x: host.add_(x),
+        lambda host, x: torch.add(x, 1, out=host),
+        lambda host, x: host.masked_fill_(torch.tensor(True), x),
+        lambda host, x: host.clamp_(max=x),
+    ],
+)
+def test_a_scalar_on_the_cpu_is_not_written_to(write: Callable[[Tensor, Tensor], Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"at least two devices"):
+        write(torch.tensor(1.0), on(SIM0).sum())
+
+
+def test_a_scalar_on_the_cpu_takes_a_value_by_copying_it() -> None:
+    host, x = torch.tensor(1.0), on(SIM0).sum()
+    with simulated.record() as traffic:
+        host.copy_(x)
+    assert (host.item(), type(host), traffic.copies) == (10.0, Tensor, {(SIM0, CPU): 1})
+
+
 def test_a_scalar_on_another_gpu_may_not() -> None:
     with pytest.raises(RuntimeError, match=r"at least two devices, sim:0 and sim:1!"):
         on(SIM0) * torch.tensor(3.0, device=SIM1)
@@ -279,7 +316,9 @@ def test_where_copies_a_scalar_from_the_cpu() -> None:
     assert (y.tolist(), traffic.copies) == ([0.0, 0.0, 3.0, 4.0], {(CPU, SIM0): 1})
 
 
-@pytest.mark.parametrize("index", [torch.tensor([0, 2]), torch.tensor([True, False, True, False])], ids=["places", "mask"])
+@pytest.mark.parametrize(
+    "index", [torch.tensor([0, 2]), torch.tensor([True, False, True, False])], ids=["places", "mask"]
+)
 def test_an_index_on_the_cpu_is_copied_to_the_tensor(index: Tensor) -> None:
     x = on(SIM1)
     with simulated.record() as traffic:
@@ -615,7 +654,9 @@ def test_a_generator_belongs_to_its_device_and_repeats_itself() -> None:
     assert (generator.device, isinstance(generator, torch.Generator)) == (torch.device(SIM1), True)
     draws = [torch.randn(3, device=SIM1, generator=generator.manual_seed(5)).tolist() for _ in range(2)]
     assert draws[0] == draws[1]
-    assert torch.rand(1, device=SIM1, generator=generator.clone_state()) == torch.rand(1, device=SIM1, generator=generator)
+    assert torch.rand(1, device=SIM1, generator=generator.clone_state()) == torch.rand(
+        1, device=SIM1, generator=generator
+    )
 
 
 def test_a_generator_of_the_cpu_is_refused() -> None:
@@ -703,10 +744,21 @@ def test_the_current_device_holds_inside_a_default_device() -> None:
 
 
 def test_a_device_block_puts_the_one_before_back() -> None:
-    with pytest.raises(ValueError, match="mine"), torch.sim.device(SIM1):
+    with torch.sim.device(SIM1):
         assert torch.sim.current_device() == torch.accelerator.current_device_index() == 1
+    assert torch.sim.current_device() == 0
+
+
+def test_a_device_block_puts_the_one_before_back_after_an_error() -> None:
+    with pytest.raises(ValueError, match="mine"), torch.sim.device(SIM1):
         raise ValueError("mine")
     assert torch.sim.current_device() == 0
+
+
+def test_torch_device_itself_stays_bare() -> None:
+    with torch.sim.device(1):
+        assert torch.device("sim").index is None
+        assert torch.device("sim", 2).index == 2
 
 
 def test_only_real_changes_of_the_current_device_count() -> None:
@@ -758,7 +810,15 @@ def test_addresses_tell_storages_apart() -> None:
 
 def test_new_tensors_are_where_the_old_one_is() -> None:
     x = on(SIM1)
-    made = [x.new_tensor([1]), x.new_zeros(1), x.new_empty(1), x.new_full((1,), 2), x.new(2), x.new([1.0]), torch.zeros_like(x)]
+    made = [
+        x.new_tensor([1]),
+        x.new_zeros(1),
+        x.new_empty(1),
+        x.new_full((1,), 2),
+        x.new(2),
+        x.new([1.0]),
+        torch.zeros_like(x),
+    ]
     assert {str(tensor.device) for tensor in made} == {SIM1}
     assert x.new_zeros(1, device="cpu").device.type == "cpu"
 
@@ -882,7 +942,8 @@ def spread_out(model: Any) -> Any:
     """Weights large enough for different tokens to follow one another."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2 if parameter.dim() > 1 else 0.5, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.25 * noise if parameter.dim() > 1 else parameter.data + 0.1 * noise
     model.get_input_embeddings().weight.data.mul_(0.2)  # or the residuals hand a token on and it repeats
     return model.eval()
 
@@ -894,7 +955,9 @@ def halves(model: Any) -> dict[str, str]:
     places = {f"{layers}.{i}": SIM0 if i < 2 else SIM1 for i in range(4)}
     for name, module in model.get_submodule(root).named_children():
         if name != last:
-            places[f"{root}.{name}"] = SIM0 if isinstance(module, nn.Embedding) or "rotary" in name or "drop" in name else SIM1
+            places[f"{root}.{name}"] = (
+                SIM0 if isinstance(module, nn.Embedding) or "rotary" in name or "drop" in name else SIM1
+            )
     return {**places, "lm_head": SIM1}
 
 
@@ -923,7 +986,9 @@ WAYS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True}, "beams"
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-def test_a_model_on_two_devices_generates_what_it_does_on_the_cpu(build: Any, options: dict[str, Any], mode: Any) -> None:
+def test_a_model_on_two_devices_generates_what_it_does_on_the_cpu(
+    build: Any, options: dict[str, Any], mode: Any
+) -> None:
     model = build()
     spread = dispatch_model(copy.deepcopy(model), halves(model), main_device=SIM0)
     with simulated.record() as traffic:

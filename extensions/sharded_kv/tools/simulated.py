@@ -1,9 +1,10 @@
 """N simulated GPUs on the CPU, with an exact count of what moves between them and of the memory they hold.
 
-A PrivateUse1 backend named "sim", in Python. A tensor on ``sim:1`` is a :class:`SimTensor`: a shell that says it lives on
-``sim:1`` around a CPU tensor that holds the numbers. Every operator runs on the CPU tensors; what a machine with several
-GPUs would refuse (operands on two devices, memory that is not there) is refused with the words CUDA uses. So what several
-GPUs show about *correctness* and *traffic* can be tested on any computer; what they show about speed cannot.
+A PrivateUse1 backend named "sim", in Python. A tensor on ``sim:1`` is a :class:`SimTensor`: a shell that says it lives
+on ``sim:1`` around a CPU tensor that holds the numbers. Every operator runs on the CPU tensors; what a machine with
+several GPUs would refuse (operands on two devices, memory that is not there) is refused with the words CUDA uses. So
+what several GPUs show about *correctness* and *traffic* can be tested on any computer; what they show about speed
+cannot.
 
 What it cannot do raises NotImplementedError with the operator's name. Nothing happens at import: see :func:`start`.
 """
@@ -129,7 +130,7 @@ class Traffic:
 
     @property
     def bytes(self) -> dict[Pair, int]:
-        """Bytes per (from, to), e.g. ``{("sim:0", "sim:1"): 8192, ("cpu", "sim:0"): 64}``; pairs without any are absent."""
+        """Bytes per (from, to), e.g. ``{("sim:0", "sim:1"): 8192, ("cpu", "sim:0"): 64}``, without pairs that had none."""
         return _difference(self._now().bytes, self._before.bytes)
 
     @property
@@ -213,7 +214,7 @@ class _Counter:
 
 
 class _Block:
-    """One allocation on a device: what the tensors on one storage share. Its memory is free when the last of them dies."""
+    """One allocation on a device: what the tensors on one storage share. It is free when the last of them dies."""
 
     __slots__ = ("_freed", "index", "nbytes", "storage_id")
 
@@ -224,7 +225,7 @@ class _Block:
         self._freed = freed
 
     def __del__(self) -> None:
-        # The garbage collector may run this anywhere, also while this thread holds the memory's lock: only leave a note.
+        # The garbage collector may run this anywhere, also where this thread holds the memory's lock: leave a note.
         self._freed.append((self.index, self.nbytes))
 
 
@@ -288,8 +289,8 @@ class _Memory:
             capacity = self.capacity.get(index)
             if capacity is not None and after > max(before, capacity):
                 raise torch.OutOfMemoryError(
-                    f"sim:{index} out of memory. Tried to allocate {_size(nbytes)}. GPU {index} has a total capacity of "
-                    f"{_size(capacity)} of which {_size(max(0, capacity - before))} is free."
+                    f"sim:{index} out of memory. Tried to allocate {_size(nbytes)}. GPU {index} has a total capacity "
+                    f"of {_size(capacity)} of which {_size(max(0, capacity - before))} is free."
                 )
             if keep:
                 self._used[index] = after
@@ -313,8 +314,8 @@ class _RandomNumbers:
     """A generator per device, and which other generators are simulated devices'.
 
     torch cannot make a generator for a backend written in Python (torch/csrc/acc/Module.cpp, 2.13: getNewGenerator "not
-    supported from python yet"), so a device's is a CPU generator known by its address. One consequence is useful: with the same
-    seed a simulated device draws the same numbers as the CPU.
+    supported from python yet"), so a device's is a CPU generator known by its address. One consequence is useful: with
+    the same seed a simulated device draws the same numbers as the CPU.
     """
 
     def __init__(self) -> None:
@@ -354,7 +355,7 @@ class _RandomNumbers:
         return given
 
     def lend_to_cpu(self, index: int, draw: Callable[[], Any]) -> Any:
-        """Runs an operator that takes no generator and draws from the CPU's default one, with a device's numbers instead."""
+        """Runs an operator that draws from the CPU's default generator for want of a parameter, with a device's numbers."""
         generator, cpu = self.default(index), torch.default_generator
         with self._lock:
             before = cpu.get_state()
@@ -387,8 +388,9 @@ class _CurrentDevice(threading.local):
 class _BareDevices(TorchFunctionMode):
     """Gives "sim" without an index the current device's.
 
-    C++ code of torch asks the device guard, whose Python version always answers 0 (torch/csrc/acc/Module.cpp, 2.13, getDevice),
-    before an operator gets here. So while another device is current in a thread, its calls of torch go through this mode.
+    C++ code of torch asks the device guard before an operator gets here, and the guard's Python version always answers 0
+    (torch/csrc/acc/Module.cpp, 2.13, getDevice). So while another device is current in a thread, the thread's calls of
+    torch go through this mode.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -428,11 +430,11 @@ def _indexed(value: Any) -> Any:
 class _Backward(threading.local):
     """Runs the autograd engine with a backend in Python, which it is not made for (torch 2.13).
 
-    It has a thread for device 0 only, because the guard's deviceCount() is always 1: so backward runs in the caller's thread.
-    And a Python error from an operator ends the process: while it unwinds, the engine restores its stream, for which the guard
-    calls Python once more, which fails, in a function that must not (exchangeStream in torch/csrc/acc/Module.cpp). So inside
-    backward an operator keeps its error and returns what torch rejects with a C++ error; that one unwinds well, and makes
-    way for the true one at the end.
+    It has a thread for device 0 only, because the guard's deviceCount() is always 1: so backward runs in the caller's
+    thread. And a Python error from an operator would end the process: while it unwinds, the engine restores its stream,
+    for which the guard calls Python once more, which fails, in a function that must not (exchangeStream in
+    torch/csrc/acc/Module.cpp). So inside backward an operator keeps its error and returns what torch rejects with a C++
+    error; that one unwinds well, and makes way for the true one at the end.
     """
 
     def __init__(self) -> None:
@@ -500,7 +502,7 @@ class _Backend:
             return self.current.index
         if not 0 <= device < self.devices:
             raise RuntimeError(
-                f"sim error: invalid device ordinal: sim:{device} was asked for, there are {self.devices} simulated devices"
+                f"sim error: invalid device ordinal. sim:{device} was asked for; there are {self.devices} devices."
             )
         return device
 
@@ -537,7 +539,7 @@ class SimTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data: torch.Tensor, requires_grad: bool = True, **_: Any) -> torch.Tensor:  # type: ignore[misc]
-        """A parameter: accelerate makes new ones by calling the class of the old (utils/modeling.py, set_module_tensor_to_device)."""
+        """A parameter: accelerate's set_module_tensor_to_device makes a new one by calling the class of the old."""
         return torch.nn.Parameter(data, requires_grad=requires_grad)
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -599,7 +601,8 @@ class SimTensor(torch.Tensor):
         if force:
             return self.detach().cpu().numpy()
         raise TypeError(
-            f"can't convert {_name(self.index)} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            f"can't convert {_name(self.index)} device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -607,7 +610,8 @@ class SimTensor(torch.Tensor):
             return cast(torch.Tensor, memo[id(self)])
         if not self.is_leaf:
             raise RuntimeError(
-                "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment."
+                "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol. "
+                "Detach this one first."
             )
         with torch.no_grad():
             clone = _deepcopy_data(self, memo)
@@ -631,7 +635,7 @@ class SimTensor(torch.Tensor):
 
 
 class _Storage:
-    """What other code asks a storage for: where it is and how large. The numbers are only to be reached through tensors."""
+    """What other code asks a storage for: where it is and how large. Its numbers are reached through tensors only."""
 
     def __init__(self, tensor: SimTensor) -> None:
         self._storage = tensor.raw.untyped_storage()
@@ -648,7 +652,7 @@ class _Storage:
 
 
 def _deepcopy_data(tensor: SimTensor, memo: dict[int, Any]) -> SimTensor:
-    """A copy of a tensor's numbers; views of one storage stay views of one storage, as torch's own deepcopy keeps them."""
+    """A copy of a tensor's numbers; views of one storage stay views of one storage, as in torch's own deepcopy."""
     key = id(tensor.block)
     if key not in memo:
         storage = tensor.raw.untyped_storage().clone()
@@ -687,7 +691,8 @@ class _Op:
         scalars: CPU tensors without dimensions may stand beside tensors on a device.
         generator: position of its generator argument; -1 without one.
         draws: it draws random numbers without taking a generator.
-        reshapes: names and positions of arguments whose shape or storage size it may change.
+        writes: names and positions of the arguments it writes to.
+        reshapes: it may change their shape and the size of their storage.
     """
 
     func: Any
@@ -695,7 +700,8 @@ class _Op:
     scalars: bool
     generator: int
     draws: bool
-    reshapes: tuple[tuple[str, int], ...]
+    writes: tuple[tuple[str, int], ...]
+    reshapes: bool
 
 
 class _Call:
@@ -719,7 +725,7 @@ class _Call:
         kind = type(value)
         if kind is SimTensor:
             if value.index != self.index or self.device is None:
-                self._meet(_device(value.index))
+                self.meet(_device(value.index))
                 self.index = value.index
             return self.known(value)
         if kind in _PLAIN:
@@ -727,7 +733,7 @@ class _Call:
         if isinstance(value, (list, tuple)):
             return [self.unwrap(item) for item in value]
         if isinstance(value, torch.Tensor) and not (self.op.scalars and value.dim() == 0 and value.is_cpu):
-            self._meet(value.device)
+            self.meet(value.device)
         return value
 
     def known(self, tensor: SimTensor) -> torch.Tensor:
@@ -773,7 +779,8 @@ class _Call:
         if new:
             _backend.memory.check(cast(int, self.index), sum(new.values()))
 
-    def _meet(self, device: torch.device) -> None:
+    def meet(self, device: torch.device) -> None:
+        """Notes where an operand lies; RuntimeError, in CUDA's words, if others lie elsewhere."""
         if self.device is None:
             self.device = device
         elif self.device != device:
@@ -816,17 +823,24 @@ def _compute(op: _Op, args: Any, kwargs: Any) -> Any:
     raw_args = [call.unwrap(value) for value in args]
     raw_kwargs = {name: call.unwrap(value) for name, value in kwargs.items()} if kwargs else {}
     if raw_kwargs.get("device") is not None and not _to_cpu(call, raw_kwargs):
-        return op.func(
-            *raw_args, **raw_kwargs
-        )  # a new tensor on the CPU or the meta device, shaped like a simulated one
+        return op.func(*raw_args, **raw_kwargs)  # a new tensor on the CPU or the meta device, shaped like this one
+    written = [args[position] if position < len(args) else kwargs.get(name) for name, position in op.writes]
+    for value in written:
+        if type(value) is not SimTensor and isinstance(value, torch.Tensor):
+            call.meet(value.device)
     result = _draw(op, cast(int, call.index), raw_args, raw_kwargs)
-    for name, position in op.reshapes:
-        _follow(args[position] if position < len(args) else kwargs.get(name))
+    if op.reshapes:
+        for value in written:
+            _follow(value)
     return call.wrap(result)
 
 
 def _to_cpu(call: _Call, kwargs: dict[str, Any]) -> bool:
-    """Points a factory's ``device`` at the CPU and its results at the device it named; False where that is no simulated one."""
+    """Points a factory's ``device`` at the CPU, and its results at the device it named.
+
+    Returns:
+        False, and nothing has changed, where the device is no simulated one.
+    """
     device = kwargs["device"]
     if device.type != "sim":
         return False
@@ -880,14 +894,14 @@ def _describe(func: Any) -> _Op:
     written = [
         i for i, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    may_reshape = torch.Tag.inplace_view in func.tags or any(arguments[i].kwarg_only for i in written)
     return _Op(
         func=func,
         special=_SPECIAL.get(func.overloadpacket) or (_decompose if _is_composite(func) else None),
         scalars=torch.Tag.pointwise in func.tags or func.overloadpacket in _TAKE_SCALARS or "_foreach_" in str(func),
         generator=generator,
         draws=generator < 0 and torch.Tag.nondeterministic_seeded in func.tags,
-        reshapes=tuple((names[i], i) for i in written) if may_reshape else (),
+        writes=tuple((names[i], i) for i in written),
+        reshapes=torch.Tag.inplace_view in func.tags or any(arguments[i].kwarg_only for i in written),
     )
 
 
@@ -945,7 +959,7 @@ def _read(op: _Op, args: Any, kwargs: Any) -> Any:
 
 
 def _index(op: _Op, args: Any, kwargs: Any) -> Any:
-    """index and index_put: CUDA takes indices from the CPU too, and values without dimensions from anywhere, and copies them."""
+    """index and index_put: CUDA also takes indices from the CPU and scalar values from anywhere, and copies them."""
     target, indices, *rest = args
     indices = [_index_on(target.device, index) for index in indices]
     return _compute(op, (target, indices, *[_brought(value, target.device) for value in rest]), kwargs)
@@ -976,7 +990,7 @@ def _brought(value: Any, device: torch.device) -> Any:
 
 def _masked_fill(op: _Op, args: Any, kwargs: Any) -> Any:
     tensor, mask, value = args
-    if type(value) is SimTensor and value.dim() == 0:
+    if type(value) is type(tensor) is SimTensor and value.dim() == 0:
         return _compute(op, (tensor, mask, _host_scalar(value)), kwargs)
     return _compute(op, args, kwargs)
 
@@ -1121,7 +1135,7 @@ class _Device:
 
 
 class _NoAutocast(list[torch.dtype]):
-    """The dtypes of autocast, which looks its own up here when it is switched on, and only then (torch/amp/autocast_mode.py)."""
+    """The dtypes autocast may use; it looks its own up where it is switched on, and only there."""
 
     def __contains__(self, dtype: object) -> bool:
         raise NotImplementedError(
@@ -1247,7 +1261,7 @@ def _register() -> None:
 
 
 def _replace_in_torch() -> None:
-    """What torch answers in C++ without asking a backend that is written in Python (torch/csrc/acc/Module.cpp, 2.13)."""
+    """What torch answers in C++ without asking a backend written in Python (torch/csrc/acc/Module.cpp, 2.13)."""
     torch.Generator = _GeneratorType("Generator", (torch._C.Generator,), {})  # type: ignore[misc, assignment]
     backward = _backend.backward.wrapped(torch.autograd.graph._engine_run_backward)
     torch.autograd.graph._engine_run_backward = backward
