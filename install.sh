@@ -11,7 +11,7 @@ usage() {
   cat <<'TEXT'
 sharded_kv: makes accelerate's multi-GPU generation fast.
 
-  ./install.sh --demo [OPTION...]            shows the panel on a tiny model, without a webui; options go to the demo
+  ./install.sh --demo [OPTION...]            spreads a tiny model over GPUs, real or simulated; options go to the demo
   ./install.sh --test                        runs the checks and the tests on every stack of tests/stacks/
   ./install.sh --test --stack now            ... on one stack (2023, 2024 or now)
   ./install.sh --test -- -k llama            ... with options for pytest

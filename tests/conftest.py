@@ -32,6 +32,11 @@ def devices(request: pytest.FixtureRequest) -> support.Devices:
     return support.Devices(request.config.getoption("--devices"))
 
 
+def pytest_sessionstart() -> None:
+    # What was imported stays: the collections below need not look through it (0.2 s less for each test).
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_garbage() -> Iterator[None]:
     """A model of an earlier test must not be counted in a later one's memory."""

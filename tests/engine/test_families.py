@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.tools import models
@@ -17,6 +19,14 @@ CASES = [(name, count) for name in ("llama", "llama-gqa", "gptj") for count in (
 ]
 
 
+# What transformers itself cannot do, on one device either, and from which version on it can.
+BROKEN_UPSTREAM = {
+    ("gemma2", "contrastive"): "5",  # HybridCache, which has no contrastive search
+    ("gemma2", "prompt-lookup"): "5",  # nor a length
+    ("gemma2", "earlier-cache"): "5",  # nor the mask of a shorter prompt
+}
+
+
 @pytest.mark.parametrize("way", support.WAYS, ids=str)
 @pytest.mark.parametrize(("family", "count"), CASES)
 def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
@@ -25,17 +35,14 @@ def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
     model = models.build(support.family_or_skip(family))
     if not way.needs(model):
         pytest.skip(f"{family} has no {way} on this stack")
+    if Version(transformers.__version__) < Version(BROKEN_UPSTREAM.get((family, way.name), "0")):
+        pytest.skip(f"{way} of {family} is broken in this transformers")
     places = devices(count)
     model = support.spread(model, places)
-    try:
-        theirs = way.run(model, places[0])
-    except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError, IndexError) as error:
-        theirs, refused = None, f"{type(error).__name__}: {error}"
+    theirs = way.run(model, places[0])
     sharding = shard(model)
     assert sharding.active
     assert sharding.enabled
-    if theirs is None:
-        pytest.skip(f"accelerate itself fails: {refused[:150]}")
     ours = way.run(model, places[0])
     assert ours.tokens.tolist() == theirs.tokens.tolist()
     assert support.same(ours.scores, theirs.scores)

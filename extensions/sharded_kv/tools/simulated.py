@@ -130,7 +130,7 @@ class Traffic:
 
     @property
     def bytes(self) -> dict[Pair, int]:
-        """Bytes per (from, to), e.g. ``{("sim:0", "sim:1"): 8192, ("cpu", "sim:0"): 64}``, without pairs that had none."""
+        """Bytes per (from, to), e.g. ``{("sim:0", "sim:1"): 8192, ("cpu", "sim:0"): 64}``; no pair has none."""
         return _difference(self._now().bytes, self._before.bytes)
 
     @property
@@ -337,7 +337,7 @@ class _RandomNumbers:
                 generator.manual_seed(seed)
 
     def own(self, generator: torch.Generator) -> None:
-        self._ours.add(generator._cdata)
+        self._ours.add(_address(generator))
 
     def disown(self, address: int) -> None:
         self._ours.discard(address)
@@ -350,12 +350,12 @@ class _RandomNumbers:
         """
         if given is None:
             return self.default(index)
-        if given._cdata not in self._ours:
+        if _address(given) not in self._ours:
             raise RuntimeError(f"Expected a 'sim' device type for generator but found '{given.device.type}'")
         return given
 
     def lend_to_cpu(self, index: int, draw: Callable[[], Any]) -> Any:
-        """Runs an operator that draws from the CPU's default generator for want of a parameter, with a device's numbers."""
+        """Runs an operator that takes no generator and would draw from the CPU's, with a device's numbers."""
         generator, cpu = self.default(index), torch.default_generator
         with self._lock:
             before = cpu.get_state()
@@ -365,6 +365,11 @@ class _RandomNumbers:
             finally:
                 generator.set_state(cpu.get_state())
                 cpu.set_state(before)
+
+
+def _address(generator: torch.Generator) -> int:
+    """What stays the same of a generator when torch hands it on: operators get another Python object."""
+    return cast(Any, generator)._cdata
 
 
 class _CurrentDevice(threading.local):
@@ -388,9 +393,9 @@ class _CurrentDevice(threading.local):
 class _BareDevices(TorchFunctionMode):
     """Gives "sim" without an index the current device's.
 
-    C++ code of torch asks the device guard before an operator gets here, and the guard's Python version always answers 0
-    (torch/csrc/acc/Module.cpp, 2.13, getDevice). So while another device is current in a thread, the thread's calls of
-    torch go through this mode.
+    C++ code of torch asks the device guard before an operator gets here, and the guard's Python version always answers
+    0 (torch/csrc/acc/Module.cpp, 2.13, getDevice). So while another device is current in a thread, the thread's calls
+    of torch go through this mode.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -527,14 +532,14 @@ class SimTensor(torch.Tensor):
 
     Attributes:
         raw: the CPU tensor with the numbers. Never has ``requires_grad``: autograd works on the shell.
-        index: the device's index.
+        device_index: the device's index.
         block: the allocation it lies in.
     """
 
     raw: torch.Tensor
-    index: int
+    device_index: int
     block: _Block
-    __slots__ = ("block", "index", "raw")
+    __slots__ = ("block", "device_index", "raw")
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -546,13 +551,15 @@ class SimTensor(torch.Tensor):
         pass
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _backend.backward.shielded(_run, func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         text = repr(self.raw)[: -len(")")]
         gradient = ", requires_grad=True" if self.requires_grad else ""
-        return f"{text}, device='{_name(self.index)}'{gradient})"
+        return f"{text}, device='{_name(self.device_index)}'{gradient})"
 
     def data_ptr(self) -> int:
         """The address of the numbers: equal for tensors on the same memory, as accelerate and transformers expect."""
@@ -574,16 +581,16 @@ class SimTensor(torch.Tensor):
     def data(self, new: torch.Tensor) -> None:
         torch._C.TensorBase.data.__set__(self, new)  # type: ignore[attr-defined]
         if isinstance(new, SimTensor):
-            self.raw, self.index, self.block = new.raw, new.index, new.block
+            self.raw, self.device_index, self.block = new.raw, new.device_index, new.block
 
-    def new_tensor(
+    def new_tensor(  # type: ignore[override]
         self, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
     ) -> torch.Tensor:
         # torch asks the device guard for the index, see _BareDevices.
         place = self.device if device is None else device
         return torch.tensor(data, dtype=dtype or self.dtype, device=place, requires_grad=requires_grad)
 
-    def new(self, *args: Any, device: Any = None) -> torch.Tensor:
+    def new(self, *args: Any, device: Any = None) -> torch.Tensor:  # type: ignore[override]
         sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
         if all(isinstance(size, int) for size in sizes):
             return self.new_empty(tuple(sizes), device=device)
@@ -601,7 +608,7 @@ class SimTensor(torch.Tensor):
         if force:
             return self.detach().cpu().numpy()
         raise TypeError(
-            f"can't convert {_name(self.index)} device type tensor to numpy. "
+            f"can't convert {_name(self.device_index)} device type tensor to numpy. "
             "Use Tensor.cpu() to copy the tensor to host memory first."
         )
 
@@ -629,7 +636,7 @@ class SimTensor(torch.Tensor):
         return torch._utils._rebuild_device_tensor_from_cpu_tensor, (
             self.detach().cpu(),
             self.dtype,
-            _name(self.index),
+            _name(self.device_index),
             self.requires_grad,
         )
 
@@ -639,7 +646,7 @@ class _Storage:
 
     def __init__(self, tensor: SimTensor) -> None:
         self._storage = tensor.raw.untyped_storage()
-        self.device = _device(tensor.index)
+        self.device = _device(tensor.device_index)
 
     def data_ptr(self) -> int:
         return self._storage.data_ptr()
@@ -656,22 +663,19 @@ def _deepcopy_data(tensor: SimTensor, memo: dict[int, Any]) -> SimTensor:
     key = id(tensor.block)
     if key not in memo:
         storage = tensor.raw.untyped_storage().clone()
-        block = _backend.memory.allocate(tensor.index, storage)
+        block = _backend.memory.allocate(tensor.device_index, storage)
         memo[key] = storage, block, tensor.block  # the last: no other object takes its id meanwhile
     storage, block, _ = memo[key]
     raw = torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return _shell(raw, tensor.index, block)
+    return _shell(raw, tensor.device_index, block)
 
 
 def _shell(raw: torch.Tensor, index: int, block: _Block) -> SimTensor:
-    tensor = cast(
-        SimTensor,
-        torch.Tensor._make_wrapper_subclass(
-            SimTensor, raw.shape, raw.stride(), raw.storage_offset(), None, raw.dtype, torch.strided, _device(index)
-        ),
+    tensor = torch.Tensor._make_wrapper_subclass(
+        SimTensor, raw.shape, raw.stride(), raw.storage_offset(), None, raw.dtype, torch.strided, _device(index)
     )
     tensor.raw = raw
-    tensor.index = index
+    tensor.device_index = index
     tensor.block = block
     return tensor
 
@@ -724,9 +728,9 @@ class _Call:
         """
         kind = type(value)
         if kind is SimTensor:
-            if value.index != self.index or self.device is None:
-                self.meet(_device(value.index))
-                self.index = value.index
+            if value.device_index != self.index or self.device is None:
+                self.meet(_device(value.device_index))
+                self.index = value.device_index
             return self.known(value)
         if kind in _PLAIN:
             return value
@@ -883,7 +887,7 @@ def _follow(tensor: Any) -> None:
             raw.as_strided_(tensor.shape, tensor.stride(), tensor.storage_offset())
             storage.resize_(block.nbytes)
             raise
-    tensor.data = _shell(raw, tensor.index, block)
+    tensor.data = _shell(raw, tensor.device_index, block)
 
 
 def _describe(func: Any) -> _Op:
@@ -1221,11 +1225,11 @@ class _SimGenerator(torch._C.Generator):
         generator = cls()
         generator._index = index
         _backend.random.own(generator)
-        weakref.finalize(generator, _backend.random.disown, generator._cdata)
+        weakref.finalize(generator, _backend.random.disown, _address(generator))
         return generator
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return _device(self._index)
 
     def clone_state(self) -> _SimGenerator:
