@@ -601,11 +601,53 @@ def test_checkpointing_recomputes_on_the_device() -> None:
     assert x.grad.device == torch.device(SIM1)
 
 
-def test_autocast_is_refused_only_where_it_is_on() -> None:
-    with torch.autocast("sim", enabled=False):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_multiplies_in_lower_precision_as_on_the_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(8, 8), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        expected = layer(x)
+    with torch.autocast("sim", dtype=dtype):
+        result = layer.to(SIM1)(x.to(SIM1))
+        product = result @ result.T
+    assert result.dtype is product.dtype is dtype
+    assert str(result.device) == SIM1
+    assert torch.equal(result.cpu(), expected)
+
+
+def test_autocast_sums_up_in_full_precision() -> None:
+    with torch.autocast("sim", dtype=torch.float16):
+        half = torch.ones(4, device=SIM0, dtype=torch.float16)
+        assert torch.softmax(half, -1).dtype is torch.float32
+        assert half.sum().dtype is torch.float32
+        assert torch.nn.functional.layer_norm(half, (4,)).dtype is torch.float32
+
+
+def test_autocast_leaves_other_operators_and_devices_alone() -> None:
+    layer = torch.nn.Linear(4, 4)
+    with torch.autocast("sim", dtype=torch.float16):
         assert (on(SIM1) * 2).dtype is torch.float32
-    with pytest.raises(NotImplementedError, match="autocast"):
-        torch.autocast("sim", dtype=torch.float16)
+        assert layer(torch.ones(4)).dtype is torch.float32
+    with torch.autocast("sim", enabled=False):
+        assert layer.to(SIM0)(torch.ones(4, device=SIM0)).dtype is torch.float32
+
+
+def test_gradients_through_autocast_are_in_the_weights_precision() -> None:
+    layer = torch.nn.Linear(4, 4).to(SIM1)
+    with torch.autocast("sim", dtype=torch.bfloat16):
+        layer(torch.ones(2, 4, device=SIM1)).float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype is torch.float32
+    assert str(layer.weight.grad.device) == SIM1
+
+
+@pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor])
+def test_a_list_of_scalars_on_devices_becomes_a_tensor_on_the_cpu(make: Callable[[Any], torch.Tensor]) -> None:
+    with simulated.record() as traffic:
+        made = make([torch.tensor(3, device=SIM0), [torch.tensor(4, device=SIM1)][0]])
+    assert made.tolist() == [3, 4]
+    assert made.device.type == "cpu"
+    assert traffic.reads == 2
 
 
 # Random numbers -------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from . import simulated_autocast
+
 aten = torch.ops.aten
 
 Pair = tuple[str, str]
@@ -1138,15 +1140,6 @@ class _Device:
         _backend.current.set(self._before)
 
 
-class _NoAutocast(list[torch.dtype]):
-    """The dtypes autocast may use; it looks its own up where it is switched on, and only there."""
-
-    def __contains__(self, dtype: object) -> bool:
-        raise NotImplementedError(
-            "autocast is not there for simulated devices; load the model in the dtype it is to run in."
-        )
-
-
 class _Module:
     """``torch.sim``, the module that generic code gets from ``torch.get_device_module``."""
 
@@ -1212,7 +1205,7 @@ class _Module:
         _backend.random.default(_backend.index(device)).set_state(new_state)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return _NoAutocast([torch.float16, torch.bfloat16])
+        return [torch.float16, torch.bfloat16]
 
 
 class _SimGenerator(torch._C.Generator):
@@ -1258,9 +1251,11 @@ def _register() -> None:
         library.impl(name, _kernel(_factory, func), "PrivateUse1")
     # torch.tensor() switches Python dispatch off inside, so its copy to the device comes as the backend's own operator.
     library.impl("_copy_from", _kernel(_run, aten._copy_from.default), "PrivateUse1")
+    # So does its reading of scalars out of a list of tensors, as transformers 4's beam search ends.
+    library.impl("_local_scalar_dense", _kernel(_run, aten._local_scalar_dense.default), "PrivateUse1")
     fallbacks = torch.library.Library("_", "IMPL")
     fallbacks.fallback(_fallback, "PrivateUse1")
-    _backend.libraries += [library, fallbacks]
+    _backend.libraries += [library, fallbacks, *simulated_autocast.register()]
     _replace_in_torch()
 
 
