@@ -44,10 +44,14 @@ fail() { # MESSAGE [EXIT_STATUS]
 # --- what can be asked for ---------------------------------------------------------------------------------------------
 
 demo() { # DEMO_OPTION...
-  local python
-  python="$(find_python now)" || fail "The demo $(why_no_python now)"
-  ensure_stack now "$python" || exit 1
-  exec "$(venv_python now)" -m extensions.sharded_kv.tools.demo "$@"
+  local stack python
+  for stack in now 2024 2023; do # The newest that runs here: `now` needs Python 3.11 or newer.
+    if python="$(find_python "$stack")"; then
+      ensure_stack "$stack" "$python" || exit 1
+      exec "$(venv_python "$stack")" -m extensions.sharded_kv.tools.demo "$@"
+    fi
+  done
+  fail "The demo $(why_no_python now)"
 }
 
 run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]

@@ -18,14 +18,14 @@ _KEY = "AutocastPrivateUse1"
 _LOWER = (
     "addbmm addmm addmv addr baddbmm bmm linear matmul mm mv scaled_dot_product_attention einsum "
     "conv1d conv2d conv3d conv_transpose1d prelu"
-).split()  # noqa: SIM905  # a list of 17 words reads better than 17 lines
+).split()
 # Their arguments of lower precision are cast to float32.
 _FLOAT32 = (
     "acos asin cosh cosine_similarity cross_entropy_loss cumprod cumsum dist exp expm1 group_norm kl_div l1_loss "
     "layer_norm log log10 log1p log2 log_softmax.int mse_loss native_layer_norm nll_loss norm.Scalar "
     "norm.ScalarOpt_dim pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar prod prod.dim_int reciprocal rsqrt sinh "
     "smooth_l1_loss softmax.int softplus sum sum.dim_IntList tan rms_norm"
-).split()  # noqa: SIM905
+).split()
 
 
 def register() -> list[torch.library.Library]:
