@@ -215,3 +215,15 @@ def test_metering_a_step_costs_little(model: Any) -> None:
     seconds = (time.perf_counter() - started) / rounds
     meter._lane.reply = None
     assert seconds < 200e-6
+
+
+def test_metering_reads_nothing_off_a_device(devices: support.Devices, model: Any, places: list[str]) -> None:
+    if devices.kind != "sim":
+        pytest.skip("reads are counted on simulated devices")
+    sharding = shard(model)
+    with devices.traffic() as metered:
+        reply(model, places[0])
+    sharding.meter.detach()
+    with devices.traffic() as bare:
+        reply(model, places[0])
+    assert metered.reads == bare.reads
