@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.engine.meter import Figures
+from extensions.sharded_kv.engine.meter import Figures, _Reply
 from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.tools.traffic import total
 from tests import support
@@ -202,16 +201,13 @@ def test_replies_in_two_threads_are_both_counted(model: Any, places: list[str]) 
 def test_metering_a_step_costs_little(model: Any) -> None:
     """Per step: one call as a stopping criterion and one before each forward. 1 % of a 20 ms step is 200 us."""
     meter = shard(model).meter
-    from extensions.sharded_kv.engine.meter import _Reply
-
-    clock, ids = _Reply(meter), torch.zeros(1, 10, dtype=torch.long)
+    clock, ids = _Reply(meter._counter, meter._is_sharded, meter._record), torch.zeros(1, 10, dtype=torch.long)
     meter._lane.reply = clock
-    meter._memory._next_look = time.monotonic() + 1000
     rounds = 2000
     started = time.perf_counter()
     for _ in range(rounds):
         clock(ids, None)
-        meter._before_forward(nn.Identity(), (), {})
+        meter.before_forward({})
     seconds = (time.perf_counter() - started) / rounds
     meter._lane.reply = None
     assert seconds < 200e-6

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import UserDict, namedtuple
-from typing import Any
 
 import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from extensions.sharded_kv.engine.transfers import Forward, TrafficCounter, first_device, is_legacy_cache
+from extensions.sharded_kv.engine.transfers import Forward, TrafficCounter, first_device
 from tests import support
 
 Pair = namedtuple("Pair", "left right")
@@ -147,12 +146,39 @@ def test_an_output_comes_home_without_its_cache(forward: Forward, here: torch.de
     assert moved.past_key_values[0][0] is layer[0]
 
 
-def test_a_tuple_output_comes_home_without_its_cache(forward: Forward, here: torch.device, there: torch.device) -> None:
-    layer = (torch.ones(2, device=there), torch.ones(2, device=there))
-    logits, cache, states = forward.move_home((torch.ones(2, device=there), (layer, layer), layer), here)
-    assert logits.device == here
-    assert cache[1] is layer
-    assert states[0].device == here
+def test_every_tensor_of_a_tuple_output_comes_home(forward: Forward, here: torch.device, there: torch.device) -> None:
+    def tensor() -> torch.Tensor:
+        return torch.ones(2, device=there)
+
+    logits, nested = forward.move_home((tensor(), ((tensor(), tensor()), [tensor()])), here)
+    assert {tensor.device for tensor in (logits, *nested[0], *nested[1])} == {here}
+
+
+def test_a_copy_without_gradient_is_not_given_to_who_wants_one(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    weight = torch.ones(2, device=here, requires_grad=True)
+    with torch.no_grad():
+        forward.move(weight, there)
+    forward.move(weight, there).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_copy_made_in_inference_mode_is_not_given_to_training(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    x = torch.ones(2, device=here)
+    with torch.inference_mode():
+        forward.move(x, there)
+    weight = torch.ones(2, device=there, requires_grad=True)
+    (forward.move(x, there) * weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1, 1]
+
+
+def test_a_packed_sequence_moves_itself(forward: Forward, here: torch.device, there: torch.device) -> None:
+    packed = torch.nn.utils.rnn.PackedSequence(torch.ones(2, device=here), torch.tensor([2]))
+    assert forward.move(packed, there).data.device == there
 
 
 def test_what_came_home_is_known_where_it_came_from(
@@ -172,22 +198,6 @@ def test_an_output_that_is_home_is_the_same_object(forward: Forward, here: torch
 
 def test_inputs_on_the_host_are_fetched(forward: Forward, there: torch.device) -> None:
     assert forward.move(torch.ones(2), there).device == there
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (((torch.ones(1), torch.ones(1)),), True),
-        ([[torch.ones(1), torch.ones(1)]], True),
-        ((torch.ones(1), torch.ones(1)), False),
-        ((), False),
-        (None, False),
-        ((torch.ones(1), (torch.ones(1),)), False),
-        ((((), ()),), False),
-    ],
-)
-def test_a_tuple_of_layers_is_a_cache_and_a_tuple_of_tensors_is_not(value: Any, expected: bool) -> None:
-    assert is_legacy_cache(value) is expected
 
 
 def test_the_first_tensor_gives_the_device(here: torch.device, there: torch.device) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
+import inspect
+import logging
 import statistics
 import sys
 import threading
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from . import vram
 from .placement import CACHE_NAME, Placement, Scope
 from .stacks import keep_untraced
-from .swaps import Installation, Installed, Swap
+from .swaps import Installation, Swap, installed
 from .transfers import Traffic, TrafficCounter, tensors_in
+
+logger = logging.getLogger(__name__)
 
 # The figures of a reply are medians over its most recent tokens, so that one slow step (another program, a grown
 # cache) does not show; the chart shows every token of the recent minutes.
@@ -155,7 +158,7 @@ class Meter:
         self._lock = threading.Lock()
         self._lane = _Lane()
         self._model: weakref.ref[nn.Module] | None = None
-        self._installation: weakref.ref[Installation] | None = None
+        self._installation: Installation | None = None
         self._hooks: list[Any] = []
         self._scopes: tuple[Scope, ...] = ()
         self._devices: tuple[torch.device, ...] = ()
@@ -164,10 +167,6 @@ class Meter:
         self._latest: bool | None = None
         self._generating = 0
         self._memory = _MemoryMarks()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Meter:
-        """The copy of a model is measured by a meter of its own."""
-        return Meter(TrafficCounter(), lambda: False)
 
     def snapshot(self) -> Snapshot:
         """What is known now. May be called from any thread, while a reply is being written."""
@@ -187,30 +186,24 @@ class Meter:
     def attach(self, model: nn.Module, placement: Placement) -> None:
         """Measure the replies of `model`, with sharding on and off alike."""
         self._devices = tuple(device for device in placement.devices if device.type != "cpu")
-        if self._installation is not None and self._installation() is not None and placement.scopes == self._scopes:
+        if self._installation is not None and placement.scopes == self._scopes:
             return
         self.detach()
         self._scopes = placement.scopes
-        keep_untraced(type(self)._before_forward, type(self)._run_reply)
-        modules = dict(model.named_modules())
-        scopes = [modules[scope.name] for scope in placement.scopes]
-        swaps = []
-        for module in scopes:
-            if callable(getattr(type(module), "generate", None)):
-                original = module.generate
-                ours = functools.update_wrapper(Installed(self._run_reply, original), original)
-                swaps.append(Swap(module, "generate", ours))
-            self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        installation = Installation(swaps)
-        installation.install()
-        self._installation = weakref.ref(installation)
+        keep_untraced(Meter.before_forward, Meter._run_reply, _BeforeForward.__call__)
         self._model = weakref.ref(model)
+        swaps = []
+        for module in (model.get_submodule(scope.name) for scope in placement.scopes):
+            if _takes_stopping_criteria(type(module)):
+                original: Any = module.generate
+                swaps.append(Swap(module, "generate", installed(self._run_reply, original, like=original)))
+            self._hooks.append(module.register_forward_pre_hook(_BeforeForward(self), with_kwargs=True))
+        self._installation = Installation(swaps)
 
     def detach(self) -> None:
         """Leave the model as it was. What was measured stays."""
-        installation = None if self._installation is None else self._installation()
-        if installation is not None:
-            installation.restore()
+        if self._installation is not None:
+            self._installation.restore()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -222,43 +215,49 @@ class Meter:
         # measured.
         if self._lane.reply is not None or len(args) > 3:
             return generate(*args, **kwargs)
-        reply = self._lane.reply = _Reply(self)
+        reply = _Reply(self._counter, self._is_sharded, self._record)
         kwargs["stopping_criteria"] = reply.among(kwargs.get("stopping_criteria"))
         with self._lock:
             self._generating += 1
-            self._memory.begin(self._devices)
         try:
+            self._lane.reply = reply
+            self._look_at_memory(self._memory.begin)
             return generate(*args, **kwargs)
         finally:
             self._lane.reply = None
+            reply.end()
+            self._look_at_memory(self._memory.end)
             with self._lock:
                 self._generating -= 1
-                self._memory.look(self._devices)
-                self._memory.cache = {}
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """The first forward after the first token: now that token is known to be there."""
+    def before_forward(self, kwargs: dict[str, Any]) -> None:
+        """A forward begins; its inputs tell where the cache is."""
         reply = self._lane.reply
         if reply is None:
             return
         reply.before_forward()
         if self._memory.is_due():
-            with self._lock:
-                self._memory.look(self._devices)
-                self._memory.cache = _bytes_by_device(kwargs.get(CACHE_NAME))
+            self._memory.cache = _bytes_by_device(kwargs.get(CACHE_NAME))
+            self._look_at_memory(self._memory.look)
 
-    def _record_first(self, started: float, now: float, sharded: bool) -> None:
-        with self._lock:
-            recorder = self._recorders[sharded] = _Recorder()
-            recorder.first = now - started
-            self._latest = sharded
+    def _look_at_memory(self, look: Callable[[tuple[torch.device, ...]], None]) -> None:
+        """Reading memory must not cost anybody a reply, whatever a driver answers."""
+        try:
+            look(self._devices)
+        except Exception:
+            logger.warning("The memory of %s cannot be read.", self._devices, exc_info=True)
 
-    def _record_token(self, seconds: float, tokens: int, sharded: bool, traffic: Traffic) -> None:
+    def _record(self, reply: _Reply, step: _Step) -> None:
         with self._lock:
-            recorder = self._recorders.setdefault(sharded, _Recorder())
-            recorder.add(seconds, tokens, traffic if sharded else None)
-            self._tokens.extend([Token(time.time(), seconds / tokens, sharded)] * tokens)
-            self._latest = sharded
+            recorder = self._recorders.get(step.sharded)
+            if recorder is None or recorder.reply.started < reply.started:
+                recorder = self._recorders[step.sharded] = _Recorder(reply)
+            if recorder.reply is reply:  # of two replies at once, the figures are those of the later
+                recorder.add(step)
+                self._latest = step.sharded
+            if step.tokens:
+                each = step.seconds / step.tokens
+                self._tokens.extend([Token(time.time(), each, step.sharded)] * step.tokens)
 
     def _device_memory(self, device: torch.device) -> DeviceMemory:
         usage = vram.usage(device)
@@ -285,18 +284,60 @@ class _Lane(threading.local):
     reply: _Reply | None = None
 
 
-class _Reply:
-    """One call of `generate()`; as one of its stopping criteria it is asked after each step, and never stops it."""
+class _BeforeForward:
+    """The hook by which a module tells the meter that a forward begins. A deep copy of the module tells nobody."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter | None) -> None:
         self._meter = meter
-        self._started = time.perf_counter()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._meter is not None:
+            self._meter.before_forward(kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeForward:
+        return _BeforeForward(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What one step of a reply took; the first one, before which no token was there, gave none to measure.
+
+    Attributes:
+        seconds: since the step before; of the first, since the reply began.
+        tokens: how many it gave; 0 for the first.
+        bytes, copies: what crossed between devices, counted by us.
+        sharded: whether sharding was on.
+    """
+
+    seconds: float
+    tokens: int
+    bytes: int
+    copies: int
+    sharded: bool
+
+
+class _Reply:
+    """One call of `generate()`; as one of its stopping criteria it is asked after each step, and never stops it.
+
+    Args:
+        counter: counts what crosses.
+        is_sharded: whether sharding is on.
+        record: takes each step.
+    """
+
+    def __init__(
+        self, counter: TrafficCounter, is_sharded: Callable[[], bool], record: Callable[[_Reply, _Step], None]
+    ) -> None:
+        self._counter = counter
+        self._is_sharded = is_sharded
+        self._record = record
+        self.started = time.perf_counter()
         self._last: float | None = None
         self._length = 0
         self._awaits_first = False
         self._went_forward = False
         self._sharded = False
-        self._traffic = meter._counter.read()
+        self._traffic = counter.of_this_thread()
 
     def among(self, criteria: Any) -> Any:
         """`criteria` with this one at the end."""
@@ -309,45 +350,58 @@ class _Reply:
         if not self._went_forward:  # assisted generation also asks whether a mere candidate would be the end
             return False
         self._went_forward = False
-        now, traffic, sharded = time.perf_counter(), self._meter._counter.read(), self._meter._is_sharded()
+        now, traffic, sharded = time.perf_counter(), self._counter.of_this_thread(), self._is_sharded()
         length = input_ids.shape[1]
         if self._last is None:
             self._awaits_first = True
         elif sharded == self._sharded:  # a step during which it was switched belongs to neither
-            self._meter._record_token(now - self._last, max(1, length - self._length), sharded, traffic - self._traffic)
+            step = _Step(
+                seconds=now - self._last,
+                tokens=max(1, length - self._length),
+                bytes=traffic[0] - self._traffic[0],
+                copies=traffic[1] - self._traffic[1],
+                sharded=sharded,
+            )
+            self._record(self, step)
         self._last, self._length, self._traffic, self._sharded = now, length, traffic, sharded
         return False
 
     def before_forward(self) -> None:
         """A forward begins: what the step before it had to wait for has been waited for."""
         self._went_forward = True
+        self.end()
+
+    def end(self) -> None:
+        """The first token is there, if it was not before."""
         if self._awaits_first:
             self._awaits_first = False
-            self._meter._record_first(self._started, time.perf_counter(), self._sharded)
+            self._record(self, _Step(time.perf_counter() - self.started, 0, 0, 0, self._sharded))
 
 
 class _Recorder:
-    """The recent tokens of one reply, with sharding on or off."""
+    """The recent steps of one reply, with sharding on or off."""
 
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self._seconds: collections.deque[float] = collections.deque(maxlen=_RECENT_TOKENS)
-        self._traffic: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=_RECENT_TOKENS)
+    def __init__(self, reply: _Reply) -> None:
+        self.reply = reply
+        self._first: float | None = None
+        self._steps: collections.deque[_Step] = collections.deque(maxlen=_RECENT_TOKENS)
         self._tokens = 0
 
-    def add(self, seconds: float, tokens: int, traffic: Traffic | None) -> None:
-        self._seconds.append(seconds / tokens)
-        self._tokens += tokens
-        if traffic is not None:
-            self._traffic.append((tokens, traffic.total_bytes, traffic.total_copies))
+    def add(self, step: _Step) -> None:
+        if step.tokens == 0:
+            self._first = step.seconds
+        else:
+            self._steps.append(step)
+            self._tokens += step.tokens
 
     def figures(self) -> Figures:
-        tokens = sum(step[0] for step in self._traffic)
+        tokens = sum(step.tokens for step in self._steps)
+        counted = tokens and self._steps[-1].sharded
         return Figures(
-            seconds_per_token=statistics.median(self._seconds) if self._seconds else None,
-            first_token_seconds=self.first,
-            bytes_per_token=sum(step[1] for step in self._traffic) / tokens if tokens else None,
-            copies_per_token=sum(step[2] for step in self._traffic) / tokens if tokens else None,
+            seconds_per_token=statistics.median(s.seconds / s.tokens for s in self._steps) if tokens else None,
+            first_token_seconds=self._first,
+            bytes_per_token=sum(step.bytes for step in self._steps) / tokens if counted else None,
+            copies_per_token=sum(step.copies for step in self._steps) / tokens if counted else None,
             tokens=self._tokens,
         )
 
@@ -368,6 +422,11 @@ class _MemoryMarks:
         self.peak = {device: marks.now for device, marks in held.items()}
         self._next_look = time.monotonic() + _MEMORY_PERIOD_SECONDS
 
+    def end(self, devices: tuple[torch.device, ...]) -> None:
+        """A reply ends."""
+        self.look(devices)
+        self.cache = {}
+
     def is_due(self) -> bool:
         """Whether it is time for another look."""
         return time.monotonic() >= self._next_look
@@ -379,6 +438,15 @@ class _MemoryMarks:
             marks = vram.allocated(device)
             rose = marks.peak > self._highest_before.get(device, 0)
             self.peak[device] = marks.peak if rose else max(self.peak.get(device, 0), marks.now)
+
+
+def _takes_stopping_criteria(of: type) -> bool:
+    """Whether modules of this type have a `generate` of transformers' kind, and not one of their own."""
+    generate = getattr(of, "generate", None)
+    if not callable(generate) or "transformers" not in sys.modules:
+        return False
+    parameters = inspect.signature(generate).parameters
+    return "stopping_criteria" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _bytes_by_device(cache: Any) -> dict[torch.device, int]:

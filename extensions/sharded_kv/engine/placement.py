@@ -23,14 +23,16 @@ class Block:
         name: its qualified name in the model, as in ``model.named_modules()``.
         device: where it runs.
         keeps_hooks: accelerate's hooks inside it stay, because weights are offloaded or somebody else's hook is there.
-        returns: its output goes back to the device its input came from, because code outside any block may combine it
-            with other tensors (a dispatcher with ``io_same_device=True`` promises that).
+        io_same_device: its dispatcher promised to bring its output back to where its input came from.
+        returns: it does so in a forward of ours too, because code outside any block may combine the output with other
+            tensors. The others leave it to the scope, which brings home what the model as a whole returns.
         weight: name of one parameter or buffer inside, to notice that the block was moved; None where all is offloaded.
     """
 
     name: str
     device: torch.device
     keeps_hooks: bool = False
+    io_same_device: bool = False
     returns: bool = False
     weight: str | None = None
 
@@ -68,9 +70,10 @@ class Placement:
         stages: in the order of execution, as far as the order of registration tells it.
         scopes: outermost first.
         bare: names of the modules inside blocks whose hooks have nothing to do there.
-        doors: names of the embeddings inside blocks: token ids reach them from outside too
-            (``get_input_embeddings()``).
+        doors: modules inside blocks that may be called from outside as well: embeddings (``get_input_embeddings()``),
+            and all of a submodel on one device but the insides of its layers. They align their inputs too.
         reason: one sentence on why there is nothing to shard; "" if there is.
+        hooks_are_stale: weights are not where the hooks send the inputs, as after ``model.to()``: only we can run it.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -78,6 +81,7 @@ class Placement:
     bare: tuple[str, ...] = ()
     doors: tuple[Block, ...] = ()
     reason: str = ""
+    hooks_are_stale: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -135,6 +139,7 @@ class _Facts:
     execution: frozenset[torch.device]
     meta: bool
     offload: bool
+    stale: bool
     weight: str | None
 
     @property
@@ -163,12 +168,14 @@ class _Reader:
     def placement(self) -> Placement:
         self._gather(self.model)
         self._walk(self.model, "", feeds_a_block=False, in_list=False)
+        self._let_the_head_return()
         return Placement(
             stages=self._stages(),
             scopes=self._scopes_that_return(),
             bare=tuple(self.bare),
             doors=tuple(self.doors),
             reason=self._reason(),
+            hooks_are_stale=self.facts[self.model].stale,
         )
 
     def _gather(self, module: nn.Module) -> _Facts:
@@ -181,14 +188,16 @@ class _Reader:
         execution = {_device(hook.execution_device) for hook in aligned if hook.execution_device is not None}
         meta = any(tensor.is_meta for _, tensor in own)
         offload = any(hook.offload for hook in aligned)
+        stale = False
         for name, child in module.named_children():
             facts = self._gather(child)
             weights |= facts.weights
             execution |= facts.execution
-            meta, offload = meta or facts.meta, offload or facts.offload
+            meta, offload, stale = meta or facts.meta, offload or facts.offload, stale or facts.stale
             if weight is None and facts.weight is not None:
                 weight = f"{name}.{facts.weight}"
-        self.facts[module] = _Facts(frozenset(weights), frozenset(execution), meta, offload, weight)
+        stale = stale or (not offload and len(weights) == 1 and bool(execution - weights))
+        self.facts[module] = _Facts(frozenset(weights), frozenset(execution), meta, offload, stale, weight)
         return self.facts[module]
 
     def _walk(self, module: nn.Module, name: str, *, feeds_a_block: bool, in_list: bool) -> bool:
@@ -204,7 +213,7 @@ class _Reader:
         if module in self.seen:
             return True
         self.seen.add(module)
-        is_called = type(module).forward is not nn.Module.forward
+        is_called = _is_called(module)
         hooked = any(True for _ in align_hooks(getattr(module, "_hf_hook", None)))
         if is_called and hooked and self.facts[module].device is not None:
             self._add_block(module, name, feeds_a_block)
@@ -229,30 +238,49 @@ class _Reader:
         facts = self.facts[module]
         assert facts.device is not None
         keeps = facts.offload or not is_plainly_hooked(module)
-        hook = plain_hook(module)
-        returns = not keeps and not feeds_a_block and hook is not None and bool(hook.io_same_device)
-        self.modules[Block(name, facts.device, keeps, returns, facts.weight)] = module
+        io_same_device = any(hook.io_same_device for hook in align_hooks(module._hf_hook))
+        returns = io_same_device and not (feeds_a_block and _has_parameters(module))
+        self.modules[Block(name, facts.device, keeps, io_same_device, returns, facts.weight)] = module
         for inner_name, inner in module.named_modules():
             if inner in self.seen:
                 continue
             self.seen.add(inner)
             if keeps or not is_plainly_hooked(inner):
                 continue
-            if isinstance(inner, nn.Embedding):
-                self.doors.append(Block(_join(name, inner_name), facts.device))
+            full_name = _join(name, inner_name)
+            if isinstance(inner, nn.Embedding) or (_is_called(inner) and not self._is_inside_a_layer(full_name)):
+                self.doors.append(Block(full_name, facts.device))
             else:
-                self.bare.append(_join(name, inner_name))
+                self.bare.append(full_name)
+
+    def _is_inside_a_layer(self, name: str) -> bool:
+        """Whether the module is below an element of a list of modules."""
+        above = name.split(".")[:-2]
+        return any(
+            isinstance(self.model.get_submodule(".".join(above[:depth])), nn.ModuleList)
+            for depth in range(1, len(above) + 1)
+        )
+
+    def _let_the_head_return(self) -> None:
+        """The last block's output is the model's: it meets the labels, and comes home in any case."""
+        with_parameters = [block for block, module in self.modules.items() if _has_parameters(module)]
+        if with_parameters:
+            last = with_parameters[-1]
+            self.modules = {
+                dataclasses.replace(block, returns=block.io_same_device) if block is last else block: module
+                for block, module in self.modules.items()
+            }
 
     def _stages(self) -> tuple[Stage, ...]:
         """Runs of blocks on one device. What has no parameters (rotary tables), registered anywhere, joins a run."""
         runs: list[list[Block]] = []
         for block, module in self.modules.items():
-            if any(True for _ in module.parameters()):
+            if _has_parameters(module):
                 if not runs or runs[-1][0].device != block.device:
                     runs.append([])
                 runs[-1].append(block)
         for block, module in self.modules.items():
-            if not any(True for _ in module.parameters()):
+            if not _has_parameters(module):
                 run = next((run for run in runs if run[0].device == block.device), None)
                 if run is None:
                     runs.insert(0, [block])
@@ -265,7 +293,7 @@ class _Reader:
 
         `simple_dispatch_model` of AutoGPTQ and GPTQModel hooks the entries of the device map and nothing above them.
         """
-        blocks_return = any(h.io_same_device for module in self.modules.values() for h in align_hooks(module._hf_hook))
+        blocks_return = any(block.io_same_device for block in self.modules)
         return tuple(dataclasses.replace(scope, returns=scope.returns or blocks_return) for scope in self.scopes)
 
     def _reason(self) -> str:
@@ -282,6 +310,9 @@ class _Reader:
                 )
             return f"It is on one device ({next(iter(facts.weights))}): there is nothing to shard."
         devices = {block.device for block in self.modules}
+        for kind in sorted({device.type for device in devices} - {"cpu"}):
+            if not hasattr(getattr(torch, kind, None), "set_device"):
+                return f"It runs on {kind}, of which there is one device only: there is nothing to shard."
         if len(devices) > 1:
             return ""
         where = f"It runs on one device ({next(iter(devices))})"
@@ -322,6 +353,15 @@ def _scope(module: nn.Module, name: str) -> Scope:
         returns=hook is not None and hook.io_same_device,
         cache_names=frozenset(names),
     )
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether the module has a forward; lists of modules have none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _device(device: int | str | torch.device) -> torch.device:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import logging
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from . import stacks
 from .meter import Meter
-from .placement import Block, Placement, Scope, read_placement
-from .swaps import Installation, Installed, Swap
+from .placement import CACHE_NAME, Block, Placement, Scope, read_placement
+from .swaps import Installation, Installed, Swap, installed
 from .transfers import Forward, TrafficCounter, first_device
 
 logger = logging.getLogger(__name__)
@@ -26,8 +25,9 @@ MODES = ("eager",)
 # What is certainly no model: a caller's mistake, not a model that we cannot help.
 _NO_MODELS = (type(None), str, bytes, bool, int, float, complex, list, tuple, dict, set, frozenset, type)
 
-_shardings: weakref.WeakKeyDictionary[nn.Module, Sharding] = weakref.WeakKeyDictionary()
-_shardings_lock = threading.RLock()
+_shardings: weakref.WeakKeyDictionary[Any, Sharding] = weakref.WeakKeyDictionary()
+# One for all: switching a wrapper on switches what it wraps off, so two models' locks could wait for each other.
+_lock = threading.RLock()
 
 
 def shard(model: Any) -> Sharding:
@@ -46,13 +46,13 @@ def shard(model: Any) -> Sharding:
     """
     if isinstance(model, _NO_MODELS):
         raise TypeError(f"shard() takes a loaded model, not {model!r:.60}: pass what from_pretrained() returned.")
-    if not isinstance(model, nn.Module):
-        return Sharding(model)
-    with _shardings_lock:
-        sharding = _shardings.get(model)
-        if sharding is None:
-            sharding = _shardings[model] = Sharding(model)
-    sharding.enable()
+    with _lock:
+        try:
+            sharding = _shardings.get(model) or Sharding(model)
+            _shardings[model] = sharding
+        except TypeError:  # no weak reference or no hash: then it is no torch model
+            sharding = Sharding(model)
+        sharding.enable()
     return sharding
 
 
@@ -67,10 +67,10 @@ class Sharding:
     """
 
     def __init__(self, model: Any) -> None:
-        self._lock = threading.RLock()
         self._counter = TrafficCounter()
         self._runtime = _Runtime(self._counter, self)
-        self._installation: weakref.ref[_ShardingInstallation] | None = None
+        self._forwards: _Forwards | None = None
+        self._tuple_caches = Installation()
         self._model: weakref.ref[nn.Module] | None = None
         self.meter = Meter(self._counter, lambda: self.enabled)
         if isinstance(model, nn.Module):
@@ -101,8 +101,8 @@ class Sharding:
     @property
     def enabled(self) -> bool:
         """Whether the model runs by our forwards now."""
-        installation = self._installed()
-        return installation is not None and installation.holds
+        forwards = self._forwards
+        return forwards is not None and forwards.hold
 
     @property
     def mode(self) -> str:
@@ -117,83 +117,65 @@ class Sharding:
     def enable(self) -> None:
         """Have the model run by our forwards. Takes effect between two blocks, also while a reply is written.
 
-        Reads the placement again if the model was moved or dispatched again. Does nothing for an inactive Sharding.
+        Reads the placement again, since the model may have been moved or dispatched again. Does nothing for an
+        inactive Sharding.
         """
-        with self._lock:
-            installation = self._installed()
-            if installation is not None and installation.holds:
+        with _lock:
+            if self.enabled:
                 return
-            self._restore()
             model = None if self._model is None else self._model()
             if model is None:
                 return
-            _detach_others(model, self)
+            self._restore()
+            _take_over(model, self)
             self.placement = read_placement(model)
-            if self.placement.reason:
-                return
-            self._install(model)
-            self.meter.attach(model, self.placement)
+            # On one device now, with hooks that would send the inputs to where the weights were: then we go on alone.
+            if self.placement.blocks and (self.active or self.placement.hooks_are_stale):
+                self._forwards = self._runtime.forwards = _Forwards(model, self.placement, self._runtime)
+                self._attach(model)
 
     def disable(self) -> None:
         """Give the model back accelerate's own hooks: the same objects, and the same traffic to the byte."""
-        with self._lock:
+        with _lock:
             self._restore()
 
     def detach(self) -> None:
         """Off for good: the model has no attribute of ours any more. `shard()` would make a new Sharding."""
-        with self._lock:
+        with _lock:
             self._restore()
             self.meter.detach()
+            self._tuple_caches.restore()
             model = None if self._model is None else self._model()
-        if model is not None:
-            with _shardings_lock:
-                if _shardings.get(model) is self:
-                    del _shardings[model]
+            if model is not None and _shardings.get(model) is self:
+                del _shardings[model]
 
-    def _installed(self) -> _ShardingInstallation | None:
-        return None if self._installation is None else self._installation()
-
-    def _install(self, model: nn.Module) -> None:
-        stacks.keep_untraced(_Runtime.run_block, _Runtime.run_scope, _Runtime.run_alone, _Runtime.run_scope_inside)
-        installation = _ShardingInstallation(model, self.placement, self._runtime)
-        installation.install()
-        self._installation = weakref.ref(installation)
-        self._runtime.installation = self._installation
+    def _attach(self, model: nn.Module) -> None:
+        """What stays while sharding is off: the meter, and what caches of tuples need."""
+        _shardings[model] = self
+        self.meter.attach(model, self.placement)
+        self._tuple_caches.restore()
+        scopes = [model.get_submodule(scope.name) for scope in self.placement.scopes]
+        self._tuple_caches = Installation(stacks.tuple_cache_swaps(scopes, self._counter))
 
     def _restore(self) -> None:
-        installation = self._installed()
-        self._installation = self._runtime.installation = None
-        if installation is not None:
-            installation.restore()
+        forwards, self._forwards, self._runtime.forwards = self._forwards, None, None
+        if forwards is not None:
+            forwards.restore()
 
-    def _renew(self, stale: _ShardingInstallation) -> None:
+    def _renew(self, stale: _Forwards) -> None:
         """Read the placement of a model that was moved or dispatched again, and go on with that."""
-        with self._lock:
-            if self._installed() is not stale:
-                return
-            stale.restore()
-            model = None if self._model is None else self._model()
-            if model is None:
-                return
-            self.placement = read_placement(model)
-            if self.placement.blocks:
-                # Also when all of it is on one device now: accelerate's hooks would send the inputs where the weights
-                # were.
-                self._install(model)
-            logger.warning("The model was moved or dispatched again. %s", self.reason or self.placement.describe())
+        with _lock:
+            if self._forwards is stale:
+                self.enable()
+                logger.warning("The model was moved or dispatched again. %s", self.reason or self.placement.describe())
 
 
-def _detach_others(model: nn.Module, sharding: Sharding) -> None:
+def _take_over(model: nn.Module, sharding: Sharding) -> None:
     """A wrapper and what it wraps (a LoRA around a model) share modules: the newer Sharding takes over."""
     modules = set(model.modules())
-    with _shardings_lock:
-        others = [
-            other
-            for root, other in list(_shardings.items())
-            if other is not sharding and (root in modules or not modules.isdisjoint(root.modules()))
-        ]
-    for other in others:
-        other.detach()
+    for root, other in list(_shardings.items()):
+        if other is not sharding and (root in modules or not modules.isdisjoint(root.modules())):
+            other.detach()
 
 
 class _Lane(threading.local):
@@ -208,27 +190,20 @@ class _Runtime:
     It refers to nothing of the model, so that a Sharding that outlives its model holds no weights.
     """
 
-    def __init__(self, counter: TrafficCounter, sharding: Sharding | None) -> None:
+    def __init__(self, counter: TrafficCounter, sharding: Sharding) -> None:
         self.counter = counter
         self.lane = _Lane()
-        self.sharding = None if sharding is None else weakref.ref(sharding)
-        self.installation: weakref.ref[_ShardingInstallation] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Runtime:
-        """The copy of a model runs by a runtime of its own."""
-        return _Runtime(TrafficCounter(), None)
+        self.sharding = weakref.ref(sharding)
+        self.forwards: _Forwards | None = None
 
     def run_block(self, block: Block, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run one block on its device."""
         current = self.lane.forward
-        if current is None:
-            return self.run_alone(self.run_block, block, forward, args, kwargs)
-        device = block.device
-        home = first_device((args, kwargs)) if block.returns else None
-        current.enter(device)
-        args, kwargs = current.move_inputs(args, kwargs, device)
-        output = forward(*args, **kwargs)
-        return output if home is None else current.move_home(output, home)
+        if current is not None:
+            return self.run_block_within(current, block, block.returns, forward, args, kwargs)
+        # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
+        with self.new_forward(block) as current:
+            return self.run_block_within(current, block, block.io_same_device, forward, args, kwargs)
 
     def run_scope(self, scope: Scope, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the model, or a part of it that has blocks below and code of its own between them."""
@@ -236,20 +211,28 @@ class _Runtime:
         if current is not None and current.owner is not scope:
             if scope.device is None:
                 return forward(*args, **kwargs)
-            return self.run_scope_inside(scope, forward, *args, **kwargs)
-        stale = self._stale()
-        if stale is not None:
-            return stale.renewed(scope)(*args, **kwargs)
-        return self.run_alone(self.run_scope_inside, scope, forward, args, kwargs)
+            return self.run_scope_within(current, scope, forward, args, kwargs)
+        forwards = self.forwards
+        if forwards is not None and not forwards.hold:
+            return forwards.renewed(scope)(*args, **kwargs)
+        with self.new_forward(scope) as current:
+            return self.run_scope_within(current, scope, forward, args, kwargs)
 
-    def _stale(self) -> _ShardingInstallation | None:
-        installation = None if self.installation is None else self.installation()
-        return None if installation is None or installation.holds else installation
+    @staticmethod
+    def run_block_within(
+        current: Forward, block: Block, returns: bool, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a block with the memo of `current`."""
+        device = block.device
+        home = first_device((args, kwargs)) if returns else None
+        current.enter(device)
+        args, kwargs = current.move_inputs(args, kwargs, device)
+        output = forward(*args, **kwargs)
+        return output if home is None else current.move_home(output, home, _CACHES)
 
-    def run_scope_inside(self, scope: Scope, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run a scope with the memo that is open."""
-        current = self.lane.forward
-        assert current is not None
+    @staticmethod
+    def run_scope_within(current: Forward, scope: Scope, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a scope with the memo of `current`."""
         home = None
         if scope.returns:
             home = first_device((args, {k: v for k, v in kwargs.items() if k not in scope.cache_names}))
@@ -258,42 +241,45 @@ class _Runtime:
         output = forward(*args, **kwargs)
         return output if home is None else current.move_home(output, home, scope.cache_names)
 
-    def run_alone(
-        self, run: Callable[..., Any], part: Block | Scope, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        """Run with a memo of its own, and leave nothing behind."""
+    @contextlib.contextmanager
+    def new_forward(self, owner: Block | Scope) -> Iterator[Forward]:
+        """A memo of its own in this thread, of which nothing is left behind."""
         outer = self.lane.forward
-        current = self.lane.forward = Forward(part, self.counter)
+        current = self.lane.forward = Forward(owner, self.counter)
         try:
-            return run(part, forward, *args, **kwargs)
+            yield current
         finally:
             self.lane.forward = outer
             current.close()
+
+
+_CACHES = frozenset({CACHE_NAME})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Anchor:
     """One block of a stage, to see at little cost that it is where it was and that its forward is still ours."""
 
-    module: nn.Module
-    forward: Installed
-    holder: nn.Module | None
+    swap: weakref.ref[Swap]
+    holder: weakref.ref[nn.Module] | None
     weight: str
     block: Block
 
     @property
     def holds(self) -> bool:
-        if self.module.__dict__.get("forward") is not self.forward:
+        swap = self.swap()
+        if swap is None or not swap.in_place:
             return False
-        if self.holder is None:
+        holder = None if self.holder is None else self.holder()
+        if holder is None:
             return True
-        tensor: Tensor | None = self.holder._parameters.get(self.weight)
+        tensor: Tensor | None = holder._parameters.get(self.weight)
         if tensor is None:
-            tensor = self.holder._buffers.get(self.weight)
+            tensor = holder._buffers.get(self.weight)
         return tensor is not None and tensor.device == self.block.device
 
 
-class _ShardingInstallation(Installation):
+class _Forwards(Installation):
     """Our forwards on one model.
 
     Block by block they may take effect while another thread is in a forward: a block aligns its inputs by itself,
@@ -301,65 +287,53 @@ class _ShardingInstallation(Installation):
     """
 
     def __init__(self, model: nn.Module, placement: Placement, runtime: _Runtime) -> None:
-        self._model = model
-        self._runtime = runtime
-        self._modules = dict(model.named_modules())
-        super().__init__(list(self._swaps(placement)))
-        forwards = {swap.owner: swap.ours for swap in self.swaps}
-        self._anchors = [
-            self._anchor(block, forwards[self._modules[block.name]])
-            for block in (stage.blocks[0] for stage in placement.stages)
-        ]
+        stacks.keep_untraced(*(getattr(_Runtime, name) for name in dir(_Runtime) if name.startswith("run_")))
+        self._model = weakref.ref(model)
+        self._sharding = runtime.sharding
+        swaps = list(_forward_swaps(dict(model.named_modules()), placement, runtime))
+        by_owner = {swap.owner: swap for swap in swaps}
+        self._anchors = []
+        for stage in placement.stages:
+            block = stage.blocks[0]
+            module = model.get_submodule(block.name)
+            holder, _, weight = (block.weight or "").rpartition(".")
+            self._anchors.append(
+                _Anchor(
+                    swap=weakref.ref(by_owner[module]),
+                    holder=weakref.ref(module.get_submodule(holder)) if block.weight else None,
+                    weight=weight,
+                    block=block,
+                )
+            )
+        super().__init__(swaps)
 
     @property
-    def holds(self) -> bool:
+    def hold(self) -> bool:
         """Whether the model is still placed as it was read and still runs by these forwards."""
         return all(anchor.holds for anchor in self._anchors)
 
     def renewed(self, scope: Scope) -> Callable[..., Any]:
         """The forward that the module of `scope` has once the model's placement was read again."""
-        sharding = None if self._runtime.sharding is None else self._runtime.sharding()
+        sharding, model = self._sharding(), self._model()
+        assert model is not None  # it is in a forward
         if sharding is None:
             self.restore()
         else:
             sharding._renew(self)
-        forward: Callable[..., Any] = self._modules[scope.name].forward
+        forward: Callable[..., Any] = model.get_submodule(scope.name).forward
         return forward
 
-    def _swaps(self, placement: Placement) -> Iterator[Swap]:
-        for block in (*placement.blocks, *placement.doors):
-            module = self._modules[block.name]
-            inner = module.forward if block.keeps_hooks else module._old_forward
-            yield Swap(module, "forward", self._installed(self._runtime.run_block, block, inner, module))
-        for scope in placement.scopes:
-            module = self._modules[scope.name]
-            inner = module.forward if scope.device is None else module._old_forward
-            yield Swap(module, "forward", self._installed(self._runtime.run_scope, scope, inner, module))
-        for name in placement.bare:
-            module = self._modules[name]
-            yield Swap(module, "forward", _bare(module._old_forward))
-        yield from stacks.tuple_cache_swaps([self._modules[scope.name] for scope in placement.scopes])
 
-    @staticmethod
-    def _installed(
-        run: Callable[..., Any], part: Block | Scope, inner: Callable[..., Any], module: nn.Module
-    ) -> Installed:
-        # generate() asks model.forward for its signature (position_ids, logits_to_keep): it must see the model's own.
-        installed = Installed(run, part, inner)
-        functools.update_wrapper(installed, module.forward)
-        return installed
-
-    def _anchor(self, block: Block, forward: Installed) -> _Anchor:
-        module = self._modules[block.name]
-        holder, _, weight = (block.weight or "").rpartition(".")
-        return _Anchor(module, forward, module.get_submodule(holder) if block.weight else None, weight, block)
-
-
-def _bare(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a module without its hook, as an object of its own.
-
-    So it can be told from the same method in its place after accelerate's `remove_hook_from_module`.
-    """
-    if isinstance(forward, types.MethodType):
-        return types.MethodType(forward.__func__, forward.__self__)
-    return functools.partial(forward)
+def _forward_swaps(modules: dict[str, nn.Module], placement: Placement, runtime: _Runtime) -> Iterator[Swap]:
+    for block in (*placement.blocks, *placement.doors):
+        module = modules[block.name]
+        inner = module.forward if block.keeps_hooks else module._old_forward
+        yield Swap(module, "forward", installed(runtime.run_block, block, inner, like=module.forward))
+    for scope in placement.scopes:
+        module = modules[scope.name]
+        inner = module.forward if scope.device is None else module._old_forward
+        yield Swap(module, "forward", installed(runtime.run_scope, scope, inner, like=module.forward))
+    for name in placement.bare:
+        module = modules[name]
+        without_hook: Any = module._old_forward
+        yield Swap(module, "forward", Installed(without_hook))

@@ -2,80 +2,100 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
-MISSING = object()
+_MISSING = object()
 
 
 class Installed(functools.partial):  # type: ignore[type-arg]
-    """A callable of ours in an attribute of a model.
+    """A callable of ours in an attribute of a module.
 
-    A partial, so that a deep copy of the model gets one that is bound to the copy. It owns the record of all that was
-    installed together: the record refers to modules, so only the model itself may keep it alive.
+    It owns the record of what stood there before: so only the module itself keeps its own attributes alive, and a
+    wrapper around a model dies though the model lives.
     """
 
-    record: Installation
+    swap: Swap
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The deep copy of a model is as the model was before: with what stood here, bound to the copy."""
+        return self.swap.before_for(copy.deepcopy(self.swap.owner, memo), memo)
 
 
-@dataclasses.dataclass
 class Swap:
     """One attribute of one module.
 
-    Attributes:
+    Args:
         owner: the module.
         name: the attribute, ``forward`` for most.
         ours: what stands there while it is installed.
-        before: what stood among the instance's own attributes; `MISSING` if the class's was used.
     """
 
-    owner: nn.Module
-    name: str
-    ours: Any
-    before: Any = MISSING
+    def __init__(self, owner: nn.Module, name: str, ours: Installed) -> None:
+        self.owner = owner
+        self.name = name
+        self.ours = ours
+        self._before: Any = _MISSING  # what stood among the instance's own attributes; missing if the class's was used
+        ours.swap = self
+
+    @property
+    def in_place(self) -> bool:
+        """Whether ours is still there."""
+        return vars(self.owner).get(self.name) is self.ours
 
     def install(self) -> None:
         """Put ours there, and keep what was there."""
-        self.before = self.owner.__dict__.get(self.name, MISSING)
+        self._before = vars(self.owner).get(self.name, _MISSING)
         setattr(self.owner, self.name, self.ours)
 
     def restore(self) -> None:
         """Put back what was there, unless somebody else has replaced ours meanwhile."""
         if not self.in_place:
             return
-        if self.before is MISSING:
+        if self._before is _MISSING:
             delattr(self.owner, self.name)
         else:
-            setattr(self.owner, self.name, self.before)
+            setattr(self.owner, self.name, self._before)
 
-    @property
-    def in_place(self) -> bool:
-        """Whether ours is still there."""
-        return self.owner.__dict__.get(self.name, MISSING) is self.ours
+    def before_for(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
+        """A deep copy of what was there, for a deep copy of the owner."""
+        if self._before is not _MISSING:
+            return copy.deepcopy(self._before, memo)
+        return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
 
 
 class Installation:
-    """All that is installed together on one model.
+    """All that is installed together on one model. It refers to the model weakly.
 
     Args:
         swaps: in the order in which they may take effect one by one, while another thread runs the model.
     """
 
-    def __init__(self, swaps: list[Swap]) -> None:
-        self.swaps = swaps
+    def __init__(self, swaps: Iterable[Swap] = ()) -> None:
+        swaps = list(swaps)
+        self._swaps = [weakref.ref(swap) for swap in swaps]
         for swap in swaps:
-            if isinstance(swap.ours, Installed):
-                swap.ours.record = self
-
-    def install(self) -> None:
-        """Put all of ours there."""
-        for swap in self.swaps:
             swap.install()
 
     def restore(self) -> None:
         """Put back all that was there, in the opposite order."""
-        for swap in reversed(self.swaps):
-            swap.restore()
+        for reference in reversed(self._swaps):
+            swap = reference()
+            if swap is not None:
+                swap.restore()
+
+
+def installed(run: Callable[..., Any], *first: Any, like: Callable[..., Any]) -> Installed:
+    """`run` with its first arguments, with the name and signature of `like`.
+
+    generate() asks `model.forward` for its signature (position_ids, logits_to_keep): it must see the model's own.
+    """
+    ours = Installed(run, *first)
+    functools.update_wrapper(ours, like)
+    return ours

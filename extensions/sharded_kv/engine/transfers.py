@@ -34,16 +34,10 @@ class Traffic:
         """Bytes over all pairs."""
         return sum(self.bytes.values())
 
-    def __sub__(self, earlier: Traffic) -> Traffic:
-        """What has crossed since `earlier`."""
-        return Traffic(
-            {
-                pair: n - earlier.copies.get(pair, 0)
-                for pair, n in self.copies.items()
-                if n != earlier.copies.get(pair, 0)
-            },
-            {pair: n - earlier.bytes.get(pair, 0) for pair, n in self.bytes.items() if n != earlier.bytes.get(pair, 0)},
-        )
+
+class _ThreadTotals(threading.local):
+    bytes = 0
+    copies = 0
 
 
 class TrafficCounter:
@@ -51,6 +45,7 @@ class TrafficCounter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._thread = _ThreadTotals()
         self._copies: dict[tuple[str, str], int] = {}
         self._bytes: dict[tuple[str, str], int] = {}
 
@@ -60,6 +55,12 @@ class TrafficCounter:
         with self._lock:
             self._copies[pair] = self._copies.get(pair, 0) + 1
             self._bytes[pair] = self._bytes.get(pair, 0) + size
+        self._thread.bytes += size
+        self._thread.copies += 1
+
+    def of_this_thread(self) -> tuple[int, int]:
+        """Bytes and copies that this thread has counted so far."""
+        return self._thread.bytes, self._thread.copies
 
     def read(self) -> Traffic:
         """All that has been counted so far."""
@@ -74,9 +75,9 @@ class _Copy:
     Holding the source keeps its id from being given to another tensor while the memo lives.
     """
 
-    source: Any
+    source: Tensor
     source_stamp: int
-    copy: Any
+    copy: Tensor
     copy_stamp: int
 
 
@@ -161,33 +162,22 @@ class Forward:
         return args, kwargs
 
     def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
-        """An output on `device`, but for the caches in it: what is named in `keep`, and tuples of tuples of tensors.
+        """An output on `device`, but for what `keep` names in it.
 
-        What was brought home is known to have a twin where it came from, so that the next block there takes that.
+        A tensor that was brought home has a twin where it came from: the next block there takes that.
         """
         if isinstance(output, Tensor):
-            if output.device == device:
-                return output
-            moved = self._copy(output, device)
-            self._remember(moved, output.device, output)
+            moved: Tensor = self.move(output, device)
+            if moved is not output:
+                self._remember(moved, output.device, output)
             return moved
         if type(output) is tuple:
-            return tuple([item if is_legacy_cache(item) else self.move_home(item, device, keep) for item in output])
-        if isinstance(output, Mapping) and not hasattr(output, "to"):
-            moved_items = {
-                key: item if key in keep or is_legacy_cache(item) else self.move(item, device, keep)
-                for key, item in output.items()
-            }
-            return _rebuilt(output, moved_items)
+            return tuple([self.move_home(item, device, keep) for item in output])
         return self.move(output, device, keep)
 
     def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
         known = self._memo.get((id(tensor), device))
-        if (
-            known is not None
-            and known.source_stamp == self._stamp(tensor)
-            and known.copy_stamp == self._stamp(known.copy)
-        ):
+        if known is not None and self._is_good(known):
             copy: Tensor = known.copy
             return copy
         # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
@@ -195,6 +185,16 @@ class Forward:
         self._count(tensor, device)
         self._remember(tensor, device, copy)
         return copy
+
+    def _is_good(self, known: _Copy) -> bool:
+        """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now."""
+        source, copy = known.source, known.copy
+        return (
+            known.source_stamp == self._stamp(source)
+            and known.copy_stamp == self._stamp(copy)
+            and (copy.requires_grad or not (source.requires_grad and torch.is_grad_enabled()))
+            and (not copy.is_inference() or torch.is_inference_mode_enabled())
+        )
 
     def _count(self, tensor: Tensor, device: torch.device) -> None:
         self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
@@ -216,12 +216,12 @@ def _kind(of: type) -> Literal["tensor", "sequence", "self-moving", "mapping", "
     """How values of a type move. Asked for every input of every block, so it is found out once for each type."""
     if issubclass(of, Tensor):
         return "tensor"
-    if issubclass(of, (tuple, list)):
-        return "sequence"
-    # Before mappings: some containers (BatchEncoding, KVSharingDict of transformers 5) are shared and move in place.
+    # Before other containers: BatchEncoding and the KVSharingDict of transformers 5 are shared, and move in place.
     # No modules: caches are modules in transformers 4.45 to 4.47, and a module is nobody's input.
     if hasattr(of, "to") and not issubclass(of, nn.Module):
         return "self-moving"
+    if issubclass(of, (tuple, list)):
+        return "sequence"
     if issubclass(of, Mapping):
         return "mapping"
     return "inert"
@@ -248,13 +248,3 @@ def first_device(value: Any) -> torch.device | None:
     """The device of the first tensor in `value`; None if there is none."""
     tensor = next(tensors_in(value), None)
     return None if tensor is None else tensor.device
-
-
-def is_legacy_cache(value: Any) -> bool:
-    """Whether `value` is a cache as models returned it before transformers 4.36: a tuple of tensors for each layer."""
-    return (
-        isinstance(value, (tuple, list))
-        and bool(value)
-        and all(isinstance(layer, (tuple, list)) and bool(layer) for layer in value)
-        and any(isinstance(item, Tensor) for layer in value for item in layer)
-    )
