@@ -15,6 +15,7 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from extensions.sharded_kv.engine.transfers import tensors_in
 from extensions.sharded_kv.tools import models, simulated, traffic
 
 PAD, BOS, EOS = models.PAD_ID, models.BOS_ID, models.EOS_ID
@@ -96,10 +97,19 @@ def prompts(batch: int = 3, length: int = 9, seed: int = 0) -> dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a generation gave, on the CPU: token ids, and the logits or scores of each step."""
+    """What a generation gave.
+
+    Attributes:
+        tokens: token ids, on the CPU.
+        scores: logits or scores of each step, on the CPU.
+        states: hidden states and attentions of all steps, on the CPU, where they were asked for.
+        places: the devices on which `states` were.
+    """
 
     tokens: Tensor
     scores: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
+    places: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +148,18 @@ class Way:
                 return_dict_in_generate=True,
                 output_scores=True,
             )
-        return Reply(out.sequences.cpu(), tuple(score.cpu() for score in out.scores))
+        states = [
+            tensor
+            for key, value in out.items()
+            if key.endswith(("hidden_states", "attentions")) and value is not None
+            for tensor in tensors_in(value)
+        ]
+        return Reply(
+            out.sequences.cpu(),
+            tuple(score.cpu() for score in out.scores),
+            tuple(tensor.cpu() for tensor in states),
+            tuple(str(tensor.device) for tensor in states),
+        )
 
 
 def _knows(option: str) -> Callable[[PreTrainedModel], bool]:
@@ -150,9 +171,11 @@ def _can_continue(model: PreTrainedModel) -> bool:
 
 
 def _earlier_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The cache of all but the last token of the prompts, from a forward before."""
+    """The cache of all but the last token of the prompts: from a generate before, where that gives its cache."""
     before = {name: tensor[:, :-1] for name, tensor in inputs.items()}
-    return {"past_key_values": model(**before, use_cache=True).past_key_values}
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    cache = getattr(model.generate(**before, **options), "past_key_values", None)
+    return {"past_key_values": cache or model(**before, use_cache=True).past_key_values}
 
 
 def _negative_prompt(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -175,7 +198,7 @@ WAYS = (
     Way("earlier-cache", {"do_sample": False}, needs=_can_continue, prepare=_earlier_cache),
     Way("contrastive", {"penalty_alpha": 0.6, "top_k": 4}, needs=lambda model: hasattr(model, "contrastive_search")),
     Way("prompt-lookup", {"do_sample": False, "prompt_lookup_num_tokens": 3}, 1, _knows("prompt_lookup_num_tokens")),
-    Way("guidance", {"do_sample": False, "guidance_scale": 1.5}, 1, _knows("guidance_scale"), _negative_prompt),
+    Way("guidance", {"do_sample": False, "guidance_scale": 1.5}, 3, _knows("guidance_scale"), _negative_prompt),
     # Compiled blocks round otherwise than compiled modules inside them: equal bits are promised uncompiled.
     Way("static-cache", {"do_sample": False, "cache_implementation": "static", **_UNCOMPILED}, needs=_has_static_cache),
 )

@@ -46,5 +46,7 @@ def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
     ours = way.run(model, places[0])
     assert ours.tokens.tolist() == theirs.tokens.tolist()
     assert support.same(ours.scores, theirs.scores)
+    assert support.same(ours.states, theirs.states)
+    assert ours.places == theirs.places
     if devices.kind == "sim":  # other kernels than the CPU's round otherwise
         assert ours.tokens.tolist() == support.on_cpu(family, way).tokens.tolist()

@@ -224,3 +224,22 @@ def test_a_model_offloaded_as_a_whole_has_nothing_to_shard(devices: support.Devi
     sharding = shard(model)
     assert not sharding.active
     assert "one device" in sharding.reason
+
+
+@pytest.mark.parametrize("by", ["hook", "wrapper"])
+def test_a_block_with_somebody_elses_hook_still_sends_its_output_back(devices: support.Devices, by: str) -> None:
+    """OPT's position embedding on another device than its token embedding, and not plainly hooked."""
+    places = devices(2)
+    model = models.build("opt")
+    device_map = models.device_map(model, places)
+    device_map["model.decoder.embed_positions"] = places[1]
+    model = support.simple_dispatch(model, device_map)
+    positions = model.model.decoder.embed_positions
+    if by == "hook":
+        add_hook_to_module(positions, ModelHook(), append=True)
+    else:
+        inner = positions.forward
+        positions.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    theirs = support.GREEDY.run(model, places[0])
+    shard(model)
+    assert support.same(support.GREEDY.run(model, places[0]).scores, theirs.scores)

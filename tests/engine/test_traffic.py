@@ -14,7 +14,19 @@ from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.tools.traffic import between_gpus
 from tests import support
 
-FAMILIES = ("llama", "llama-gqa", "gptj", "gpt-neox", "opt", "bloom", "mpt", "falcon", "mistral-sliding", "mixtral")
+FAMILIES = (
+    "llama",
+    "llama-gqa",
+    "gptj",
+    "gpt-neox",
+    "opt",
+    "bloom",
+    "mpt",
+    "falcon",
+    "mistral-sliding",
+    "mixtral",
+    "gemma2",
+)
 Pair = tuple[str, str]
 
 
@@ -178,3 +190,33 @@ def test_entering_a_stage_switches_the_current_device_once(devices: support.Devi
         decode_step(model, inputs, cache)
     assert traffic.switches == 2  # into the second stage, and home
     assert devices.runtime.current_device() == 0
+
+
+@pytest.mark.parametrize("way", ["beams", "contrastive"])
+def test_a_cache_of_tuples_stays_through_beams_and_contrastive_search(devices: support.Devices, way: str) -> None:
+    """On the stack of 2023; later ones keep the cache in an object."""
+    chosen = next(one for one in support.WAYS if one.name == way)
+    places = devices(2)
+    model = support.spread(models.build("llama"), places)
+    if not chosen.needs(model):
+        pytest.skip(f"no {way} on this stack")
+    shard(model)
+    with devices.traffic() as traffic:
+        chosen.run(model, places[0])
+    rows = chosen.batch * (3 if way == "beams" else 4)  # beams, or candidates
+    prompt = support.prompts()["input_ids"].shape[1]
+    smallest_cache = 3 * 2 * rows * prompt * model.config.hidden_size * 4  # of the second device, after the prompt
+    assert traffic.bytes[places[0], places[1]] < smallest_cache
+
+
+def test_metering_and_moving_never_wait_for_a_device(devices: support.Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = devices(2)
+    model = support.spread(models.build("llama"), places)
+    meter = shard(model).meter
+
+    def synchronize(device: object = None) -> None:
+        raise AssertionError("waited for a device")
+
+    monkeypatch.setattr(type(devices.runtime) if devices.kind == "sim" else devices.runtime, "synchronize", synchronize)
+    support.GREEDY.run(model, places[0])
+    meter.snapshot()

@@ -24,8 +24,8 @@ class Block:
         device: where it runs.
         keeps_hooks: accelerate's hooks inside it stay, because weights are offloaded or somebody else's hook is there.
         io_same_device: its dispatcher promised to bring its output back to where its input came from.
-        returns: it does so in a forward of ours too, because code outside any block may combine the output with other
-            tensors. The others leave it to the scope, which brings home what the model as a whole returns.
+        returns_to: where it brings its output in a forward of ours: "input", the device of its own input; "model", the
+            device of the model's input; or "", nowhere: the next block takes it from where it is.
         weight: name of one parameter or buffer inside, to notice that the block was moved; None where all is offloaded.
     """
 
@@ -33,7 +33,7 @@ class Block:
     device: torch.device
     keeps_hooks: bool = False
     io_same_device: bool = False
-    returns: bool = False
+    returns_to: str = ""
     weight: str | None = None
 
 
@@ -167,8 +167,8 @@ class _Reader:
 
     def placement(self) -> Placement:
         self._gather(self.model)
-        self._walk(self.model, "", feeds_a_block=False, in_list=False)
-        self._let_the_head_return()
+        self._walk(self.model, "")
+        self._settle_returns()
         return Placement(
             stages=self._stages(),
             scopes=self._scopes_that_return(),
@@ -200,47 +200,31 @@ class _Reader:
         self.facts[module] = _Facts(frozenset(weights), frozenset(execution), meta, offload, stale, weight)
         return self.facts[module]
 
-    def _walk(self, module: nn.Module, name: str, *, feeds_a_block: bool, in_list: bool) -> bool:
-        """Note the blocks and scopes at and below `module`; True if there is a block among them.
-
-        Args:
-            feeds_a_block: the output of `module` is passed on as it is to the next block. So it is for the elements of
-                a list of layers and for what comes after that list (the final norm, the head); accelerate's own
-                `dispatch_model` relies on it. Elsewhere (token and position embeddings that are added up, experts of a
-                layer, parts of a layer around its residual) an output meets others outside any block.
-            in_list: there is a list of modules above.
-        """
+    def _walk(self, module: nn.Module, name: str) -> bool:
+        """Note the blocks and scopes at and below `module`; True if there is a block among them."""
         if module in self.seen:
             return True
         self.seen.add(module)
         is_called = _is_called(module)
         hooked = any(True for _ in align_hooks(getattr(module, "_hf_hook", None)))
         if is_called and hooked and self.facts[module].device is not None:
-            self._add_block(module, name, feeds_a_block)
+            self._add_block(module, name)
             return True
         position = len(self.scopes)
-        is_list = isinstance(module, nn.ModuleList)
-        after_list = found = False
+        found = False
         for child_name, child in module.named_children():
-            is_layer = is_list and any(True for _ in child.children())
-            found |= self._walk(
-                child,
-                _join(name, child_name),
-                feeds_a_block=not in_list and (is_layer or after_list),
-                in_list=in_list or is_list,
-            )
-            after_list = after_list or any(isinstance(inner, nn.ModuleList) for inner in child.modules())
+            found |= self._walk(child, _join(name, child_name))
         if found and is_called and (not hasattr(module, "_hf_hook") or is_plainly_hooked(module)):
             self.scopes.insert(position, _scope(module, name))
         return found
 
-    def _add_block(self, module: nn.Module, name: str, feeds_a_block: bool) -> None:
+    def _add_block(self, module: nn.Module, name: str) -> None:
         facts = self.facts[module]
         assert facts.device is not None
         keeps = facts.offload or not is_plainly_hooked(module)
         io_same_device = any(hook.io_same_device for hook in align_hooks(module._hf_hook))
-        returns = io_same_device and not (feeds_a_block and _has_parameters(module))
-        self.modules[Block(name, facts.device, keeps, io_same_device, returns, facts.weight)] = module
+        block = Block(name, facts.device, keeps, io_same_device, weight=facts.weight)
+        self.modules[block] = module
         for inner_name, inner in module.named_modules():
             if inner in self.seen:
                 continue
@@ -248,28 +232,46 @@ class _Reader:
             if keeps or not is_plainly_hooked(inner):
                 continue
             full_name = _join(name, inner_name)
-            if isinstance(inner, nn.Embedding) or (_is_called(inner) and not self._is_inside_a_layer(full_name)):
+            list_above = self._outermost_list(full_name)
+            inside_a_layer = bool(list_above) and full_name.count(".") > list_above.count(".") + 1
+            if isinstance(inner, nn.Embedding) or (_is_called(inner) and not inside_a_layer):
                 self.doors.append(Block(full_name, facts.device))
             else:
                 self.bare.append(full_name)
 
-    def _is_inside_a_layer(self, name: str) -> bool:
-        """Whether the module is below an element of a list of modules."""
-        above = name.split(".")[:-2]
-        return any(
-            isinstance(self.model.get_submodule(".".join(above[:depth])), nn.ModuleList)
-            for depth in range(1, len(above) + 1)
-        )
+    def _settle_returns(self) -> None:
+        """Decide which outputs return, for the dispatchers that send each block's output back to where its input was.
 
-    def _let_the_head_return(self) -> None:
-        """The last block's output is the model's: it meets the labels, and comes home in any case."""
-        with_parameters = [block for block, module in self.modules.items() if _has_parameters(module)]
-        if with_parameters:
-            last = with_parameters[-1]
-            self.modules = {
-                dataclasses.replace(block, returns=block.io_same_device) if block is last else block: module
-                for block, module in self.modules.items()
-            }
+        Where layers form one chain, each feeds the next, then the final norm, then the head: there only the head's
+        output returns. accelerate's own `dispatch_model` relies on that chain. Elsewhere an output meets others outside
+        any block: token and position embeddings are added up, parts of a layer around its residual, an encoder's output
+        feeds each layer of the decoder. It returns then, and the block that comes next finds the original where it was.
+        """
+        names = [block.name for block, module in self.modules.items() if _has_parameters(module)]
+        lists = {self._outermost_list(name) for name in names} - {""}
+        chains = {name: layers for name in lists if set(layers := self._layers(name)) <= set(names)}
+        tail: list[str] = []
+        if len(lists) == len(chains) == 1:
+            layers = next(iter(chains.values()))
+            tail = names[names.index(layers[-1]) :][:-1]
+        stays = {name for layers in chains.values() for name in layers[:-1]} | set(tail)
+        for block, module in list(self.modules.items()):
+            if block.io_same_device and block.name not in stays:
+                within_layer = self._outermost_list(block.name) not in ("", *chains)
+                returns_to = "input" if within_layer else "model"
+                del self.modules[block]
+                self.modules[dataclasses.replace(block, returns_to=returns_to)] = module
+
+    def _outermost_list(self, name: str) -> str:
+        """The name of the outermost list of modules above the module, or ""."""
+        parts = name.split(".")
+        prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        return next((p for p in prefixes if isinstance(self.model.get_submodule(p), nn.ModuleList)), "")
+
+    def _layers(self, name: str) -> list[str]:
+        """The names of a list's elements; none where they are no layers but single modules (a list of heads)."""
+        elements = self.model.get_submodule(name).named_children()
+        return [f"{name}.{key}" for key, element in elements if any(True for _ in element.children())] or [""]
 
     def _stages(self) -> tuple[Stage, ...]:
         """Runs of blocks on one device. What has no parameters (rotary tables), registered anywhere, joins a run."""

@@ -200,10 +200,11 @@ class _Runtime:
         """Run one block on its device."""
         current = self.lane.forward
         if current is not None:
-            return self.run_block_within(current, block, block.returns, forward, args, kwargs)
+            return self.run_block_within(current, block, block.returns_to, forward, args, kwargs)
         # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
         with self.new_forward(block) as current:
-            return self.run_block_within(current, block, block.io_same_device, forward, args, kwargs)
+            returns_to = "input" if block.io_same_device else ""
+            return self.run_block_within(current, block, returns_to, forward, args, kwargs)
 
     def run_scope(self, scope: Scope, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the model, or a part of it that has blocks below and code of its own between them."""
@@ -220,11 +221,13 @@ class _Runtime:
 
     @staticmethod
     def run_block_within(
-        current: Forward, block: Block, returns: bool, forward: Callable[..., Any], args: Any, kwargs: Any
+        current: Forward, block: Block, returns_to: str, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Run a block with the memo of `current`."""
         device = block.device
-        home = first_device((args, kwargs)) if returns else None
+        home = None
+        if returns_to:
+            home = current.home if returns_to == "model" else first_device((args, kwargs))
         current.enter(device)
         args, kwargs = current.move_inputs(args, kwargs, device)
         output = forward(*args, **kwargs)
@@ -236,9 +239,13 @@ class _Runtime:
         home = None
         if scope.returns:
             home = first_device((args, {k: v for k, v in kwargs.items() if k not in scope.cache_names}))
+        outer_home, current.home = current.home, scope.device or current.home or home
         if scope.device is not None:
             args, kwargs = current.move_inputs(args, kwargs, scope.device, scope.cache_names)
-        output = forward(*args, **kwargs)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            current.home = outer_home
         return output if home is None else current.move_home(output, home, scope.cache_names)
 
     @contextlib.contextmanager

@@ -93,6 +93,7 @@ class Forward:
 
     def __init__(self, owner: object, counter: TrafficCounter) -> None:
         self.owner = owner
+        self.home: torch.device | None = None  # where the code between the blocks has its tensors
         self._counter = counter
         self._memo: dict[tuple[int, torch.device], _Copy] = {}
         self._home: tuple[Any, int] | None = None  # torch.cuda or its like, and the caller's current device
