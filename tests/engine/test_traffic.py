@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,17 +49,19 @@ def size(tensor: Tensor) -> int:
 
 
 class Inputs:
-    """What each layer of the unspread model gets in one decode step: the hidden states, and inputs shared by layers."""
+    """What each layer of the unspread model gets in one decode step: the hidden states, and inputs shared by layers.
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    Args:
+        model: the model, on the CPU.
+        layers: names of the layers that run in the step.
+        step: runs it, and returns the model's output.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str], step: Callable[[], Any]) -> None:
         self.hidden: list[Tensor] = []
         self.others: list[list[Tensor]] = []
-        cache = prefill(model, inputs)
-        hooks = [
-            model.get_submodule(name).register_forward_pre_hook(self._note, with_kwargs=True)
-            for name in models.block_names(model)
-        ]
-        self.output = decode_step(model, inputs, cache)
+        hooks = [model.get_submodule(name).register_forward_pre_hook(self._note, with_kwargs=True) for name in layers]
+        self.output = step()
         for hook in hooks:
             hook.remove()
         seen_by = Counter(id(tensor) for layer in self.others for tensor in layer)
@@ -111,7 +114,8 @@ def test_a_decode_step_moves_hidden_states_shared_inputs_and_logits_once_and_no_
 ) -> None:
     inputs = support.prompts()
     plain = models.build(support.family_or_skip(family))
-    expected = Inputs(plain, inputs)
+    cache = prefill(plain, inputs)
+    expected = Inputs(plain, list(models.block_names(plain)), lambda: decode_step(plain, inputs, cache))
     places = [devices(int(max(order)) + 1)[int(digit)] for digit in order]
     model = models.build(family)
     device_map = models.device_map(model, places)
@@ -129,6 +133,38 @@ def test_a_decode_step_moves_hidden_states_shared_inputs_and_logits_once_and_no_
     assert between_gpus(traffic.copies) == dict(copies)
     assert between_gpus(traffic.bytes) == dict(sizes)
     assert torch.equal(output.logits.argmax(-1).cpu(), expected.output.logits.argmax(-1))
+
+
+def test_a_decode_step_of_an_encoder_decoder_model_moves_the_encoders_output_once_too(devices: support.Devices) -> None:
+    inputs, places = support.prompts(), devices(2)
+    plain, model = models.build("t5"), models.build("t5")
+    layers = [name for name in models.block_names(plain) if name.startswith("decoder")]
+    device_map = models.device_map(model, places)
+    device_map.update({name: places[index * 2 // len(layers)] for index, name in enumerate(layers)})
+    owners = [device_map[name] for name in layers]
+    model = support.spread(model, places, device_map=device_map)
+    shard(model)
+
+    def encode(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        with torch.no_grad():
+            encoded = model.get_encoder()(**inputs)[0].to(inputs["input_ids"].device)
+        return {"encoder_outputs": (encoded,), "attention_mask": inputs["attention_mask"]}
+
+    def decode(model: Any, encoded: dict[str, Any], ids: Tensor, cache: Any = None) -> Any:
+        with torch.no_grad():
+            return model(**encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+
+    ids, encoded = inputs["input_ids"], encode(plain, inputs)
+    cache = decode(plain, encoded, ids[:, :-1]).past_key_values
+    expected = Inputs(plain, layers, lambda: decode(plain, encoded, ids[:, -1:], cache))
+    on_main = {name: tensor.to(places[0]) for name, tensor in inputs.items()}
+    encoded = encode(model, on_main)
+    cache = decode(model, encoded, on_main["input_ids"][:, :-1]).past_key_values
+    with devices.traffic() as traffic:
+        decode(model, encoded, on_main["input_ids"][:, -1:], cache)
+    copies, sizes = expected.expected(owners, places[0], str(model.get_output_embeddings().weight.device))
+    assert between_gpus(traffic.copies) == dict(copies)
+    assert between_gpus(traffic.bytes) == dict(sizes)
 
 
 def test_llama_on_two_devices_moves_these_bytes_per_token(devices: support.Devices) -> None:
