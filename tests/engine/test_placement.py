@@ -165,17 +165,23 @@ def test_a_simple_dispatched_model_replies_the_same_and_its_hidden_states_stay(
     assert total(after.bytes) < total(before.bytes)
 
 
+@pytest.mark.parametrize("family", ["llama", "gptj", "opt", "t5"])
+def test_a_simple_dispatched_model_has_the_stages_of_a_dispatched_one(devices: support.Devices, family: str) -> None:
+    places = [torch.device(place) for place in devices(2)]
+    stages = []
+    for dispatch in (support.simple_dispatch, dispatch_model):
+        model = models.build(family)
+        device_map = models.device_map(model, places)
+        stages.append(names(read_placement(dispatch(model, device_map))))
+    assert stages[0] == stages[1]
+
+
 def test_a_simple_dispatched_llama_moves_as_little_as_a_dispatched_one(devices: support.Devices) -> None:
     places = devices(2)
     counts = []
-    for dispatch in (support.spread, support.simple_dispatch):
+    for dispatch in (support.simple_dispatch, dispatch_model):
         model = models.build("llama")
-        device_map = models.device_map(model, places)
-        model = (
-            support.spread(model, places, device_map=device_map)
-            if dispatch is support.spread
-            else support.simple_dispatch(model, device_map)
-        )
+        model = dispatch(model, models.device_map(model, [torch.device(place) for place in places]))
         shard(model)
         with devices.traffic() as traffic:
             support.GREEDY.run(model, places[0])

@@ -255,12 +255,15 @@ class _Reader:
             layers = next(iter(chains.values()))
             tail = names[names.index(layers[-1]) :][:-1]
         stays = {name for layers in chains.values() for name in layers[:-1]} | set(tail)
-        for block, module in list(self.modules.items()):
+        returns = {}
+        for block in self.modules:
             if block.io_same_device and block.name not in stays:
-                within_layer = self._outermost_list(block.name) not in ("", *chains)
-                returns_to = "input" if within_layer else "model"
-                del self.modules[block]
-                self.modules[dataclasses.replace(block, returns_to=returns_to)] = module
+                within_a_layer = self._outermost_list(block.name) not in ("", *chains)
+                returns[block.name] = "input" if within_a_layer else "model"
+        self.modules = {
+            dataclasses.replace(block, returns_to=returns.get(block.name, "")): module
+            for block, module in self.modules.items()
+        }
 
     def _outermost_list(self, name: str) -> str:
         """The name of the outermost list of modules above the module, or ""."""
