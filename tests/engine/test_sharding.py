@@ -329,19 +329,22 @@ def test_hooks_removed_by_accelerate_are_gone_for_good(model: Any, right: list[l
     assert tokens(model, "cpu") == right
 
 
+class Wrapper(nn.Module):
+    """A model in a wrapper, as AutoGPTQ's or a PeftModel."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, **kwargs: Any) -> Any:
+        with torch.inference_mode():
+            return self.model.generate(**kwargs)
+
+
 def test_a_wrapper_sharded_later_takes_over(model: Any, places: list[str], right: list[list[int]]) -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.model(*args, **kwargs)
-
-        def generate(self, **kwargs: Any) -> Any:
-            with torch.inference_mode():
-                return self.model.generate(**kwargs)
-
     inner = shard(model)
     wrapper = Wrapper(model)
     wrapper.config = model.config
@@ -445,15 +448,7 @@ def test_a_model_moved_and_sharded_again_goes_on_where_it_is(
     assert tokens(model, places[1]) == right
 
 
-def test_a_wrapper_dies_though_the_model_it_wrapped_lives(model: Any, places: list[str]) -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.model(*args, **kwargs)
-
+def test_a_wrapper_dies_though_the_model_it_wrapped_lives(model: Any) -> None:
     wrapper = Wrapper(model)
     shard(wrapper)
     dead = weakref.ref(wrapper)
