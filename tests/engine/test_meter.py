@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C import _len_torch_dispatch_stack
 from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import shard
@@ -71,7 +72,7 @@ def test_figures_with_sharding_off_are_kept_beside_those_with_it_on(model: Any, 
     snapshot = sharding.meter.snapshot()
     assert snapshot.sharded.bytes_per_token > 0
     assert snapshot.unsharded.seconds_per_token > 0
-    assert snapshot.unsharded.bytes_per_token is None
+    assert snapshot.unsharded.copies_per_token > snapshot.sharded.copies_per_token
     assert snapshot.current == snapshot.unsharded
 
 
@@ -88,6 +89,46 @@ def test_bytes_and_copies_per_token_are_those_that_crossed(
     assert snapshot.copies_per_token == (total(long.copies) - total(short.copies)) / 8
     # A mask grows by a few bytes with each token.
     assert snapshot.bytes_per_token == pytest.approx((total(long.bytes) - total(short.bytes)) / 8, rel=0.05)
+
+
+def test_with_sharding_off_one_decode_step_of_the_reply_is_counted(
+    devices: support.Devices, model: Any, places: list[str]
+) -> None:
+    sharding = shard(model)
+    sharding.disable()
+    reply(model, places[0], tokens=4)
+    with devices.traffic() as short:
+        reply(model, places[0], tokens=4)
+    with devices.traffic() as long:
+        reply(model, places[0], tokens=12)
+    figures = sharding.meter.snapshot().unsharded
+    assert figures.copies_per_token == (total(long.copies) - total(short.copies)) / 8
+    assert figures.bytes_per_token == pytest.approx((total(long.bytes) - total(short.bytes)) / 8, rel=0.05)
+
+
+def test_the_step_that_counts_is_not_timed(model: Any, places: list[str]) -> None:
+    sharding = shard(model)
+    sharding.disable()
+    reply(model, places[0], tokens=6)
+    meter = sharding.meter.snapshot()
+    assert meter.unsharded.tokens - len(meter.tokens) == 1
+
+
+def test_a_reply_that_fails_while_a_step_is_counted_leaves_nothing_watching(model: Any, places: list[str]) -> None:
+    sharding = shard(model)
+    sharding.disable()
+    calls = []
+
+    def fail(module: Any, args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            assert _len_torch_dispatch_stack() == 1
+            raise ArithmeticError
+
+    model.model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        reply(model, places[0])
+    assert _len_torch_dispatch_stack() == 0
 
 
 def test_several_tokens_in_one_step_share_its_time(model: Any, places: list[str]) -> None:

@@ -17,6 +17,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine.transfers import Forward
 from extensions.sharded_kv.tools import models
 from tests import support
 
@@ -500,3 +501,46 @@ def test_the_loss_of_a_simple_dispatched_model_meets_its_labels(places: list[str
     expected = model(input_ids=ids, labels=ids).loss
     shard(model)
     assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+
+
+def test_an_error_in_our_part_of_a_forward_switches_sharding_off(
+    model: Any, places: list[str], right: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharding = shard(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(Forward, "_copy", None)
+        with pytest.raises(TypeError):
+            tokens(model, places[0])
+    assert not sharding.enabled
+    assert "TypeError" in sharding.failure
+    assert tokens(model, places[0]) == right
+
+
+def test_tensors_that_meet_on_different_devices_switch_sharding_off(model: Any, places: list[str]) -> None:
+    sharding = shard(model)
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError):
+        tokens(model, places[0])
+    assert not sharding.enabled
+    hook.remove()
+    sharding.enable()
+    assert sharding.enabled
+    assert sharding.failure == ""
+
+
+@pytest.mark.parametrize("error", [ArithmeticError("somebody's"), torch.cuda.OutOfMemoryError("2 GiB")])
+def test_an_error_of_the_model_or_of_memory_leaves_sharding_on(model: Any, places: list[str], error: Exception) -> None:
+    sharding = shard(model)
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise error
+
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(type(error)):
+        tokens(model, places[0])
+    assert sharding.enabled
+    assert sharding.failure == ""

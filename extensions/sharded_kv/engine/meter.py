@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import vram
+from .observer import Observer
 from .placement import CACHE_NAME, Placement, Scope
 from .stacks import keep_untraced
 from .swaps import Installation, Swap, installed
@@ -59,8 +60,8 @@ class Figures:
     Attributes:
         seconds_per_token: median over the recent decode steps; None before the second token.
         first_token_seconds: from the call of `generate()` until the first token was there; None until then.
-        bytes_per_token, copies_per_token: mean over the recent decode steps; None while sharding is off, when
-            accelerate moves tensors and does not count.
+        bytes_per_token, copies_per_token: between GPUs, mean over the recent decode steps with sharding on; with it
+            off, when accelerate moves tensors and does not count, of one decode step of the reply.
         tokens: how many were measured.
     """
 
@@ -140,12 +141,12 @@ class Snapshot:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Of the latest reply; None while sharding is off."""
+        """Of the latest reply."""
         return self.current.bytes_per_token
 
     @property
     def copies_per_token(self) -> float | None:
-        """Of the latest reply; None while sharding is off."""
+        """Of the latest reply."""
         return self.current.copies_per_token
 
 
@@ -255,7 +256,7 @@ class Meter:
             if recorder.reply is reply:  # of two replies at once, the figures are those of the later
                 recorder.add(step)
                 self._latest = step.sharded
-            if step.tokens:
+            if step.tokens and step.seconds is not None:
                 each = step.seconds / step.tokens
                 self._tokens.extend([Token(time.time(), each, step.sharded)] * step.tokens)
 
@@ -303,16 +304,16 @@ class _Step:
     """What one step of a reply took; the first one, before which no token was there, gave none to measure.
 
     Attributes:
-        seconds: since the step before; of the first, since the reply began.
+        seconds: since the step before; of the first, since the reply began. None for one that was slowed by counting.
         tokens: how many it gave; 0 for the first.
-        bytes, copies: what crossed between devices, counted by us.
+        bytes, copies: what crossed between GPUs; None where nobody counted.
         sharded: whether sharding was on.
     """
 
-    seconds: float
+    seconds: float | None
     tokens: int
-    bytes: int
-    copies: int
+    bytes: int | None
+    copies: int | None
     sharded: bool
 
 
@@ -338,6 +339,8 @@ class _Reply:
         self._went_forward = False
         self._sharded = False
         self._traffic = counter.of_this_thread()
+        self._observer: Observer | None = None
+        self._has_observed = False
 
     def among(self, criteria: Any) -> Any:
         """`criteria` with this one at the end."""
@@ -350,18 +353,20 @@ class _Reply:
         if not self._went_forward:  # assisted generation also asks whether a mere candidate would be the end
             return False
         self._went_forward = False
+        observed = self._stop_observing()
         now, traffic, sharded = time.perf_counter(), self._counter.of_this_thread(), self._is_sharded()
         length = input_ids.shape[1]
         if self._last is None:
             self._awaits_first = True
         elif sharded == self._sharded:  # a step during which it was switched belongs to neither
-            step = _Step(
-                seconds=now - self._last,
-                tokens=max(1, length - self._length),
-                bytes=traffic[0] - self._traffic[0],
-                copies=traffic[1] - self._traffic[1],
-                sharded=sharded,
-            )
+            seconds, tokens = now - self._last, max(1, length - self._length)
+            if observed is not None:
+                step = _Step(None, tokens, observed.bytes_between_gpus, observed.copies_between_gpus, sharded)
+            elif sharded:
+                crossed = traffic[0] - self._traffic[0], traffic[1] - self._traffic[1]
+                step = _Step(seconds, tokens, *crossed, sharded)
+            else:
+                step = _Step(seconds, tokens, None, None, sharded)
             self._record(self, step)
         self._last, self._length, self._traffic, self._sharded = now, length, traffic, sharded
         return False
@@ -369,13 +374,28 @@ class _Reply:
     def before_forward(self) -> None:
         """A forward begins: what the step before it had to wait for has been waited for."""
         self._went_forward = True
-        self.end()
+        self._note_first_token()
+        # accelerate's traffic hardly differs from one step to the next, and looking at it slows a step.
+        if not self._has_observed and self._last is not None and not self._is_sharded():
+            self._has_observed = True
+            self._observer = Observer()
+            self._observer.start()
 
     def end(self) -> None:
-        """The first token is there, if it was not before."""
+        """The reply is over, perhaps by an exception."""
+        self._stop_observing()
+        self._note_first_token()
+
+    def _note_first_token(self) -> None:
         if self._awaits_first:
             self._awaits_first = False
-            self._record(self, _Step(time.perf_counter() - self.started, 0, 0, 0, self._sharded))
+            self._record(self, _Step(time.perf_counter() - self.started, 0, None, None, self._sharded))
+
+    def _stop_observing(self) -> Observer | None:
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            observer.stop()
+        return observer
 
 
 class _Recorder:
@@ -384,24 +404,27 @@ class _Recorder:
     def __init__(self, reply: _Reply) -> None:
         self.reply = reply
         self._first: float | None = None
-        self._steps: collections.deque[_Step] = collections.deque(maxlen=_RECENT_TOKENS)
+        self._seconds: collections.deque[float] = collections.deque(maxlen=_RECENT_TOKENS)
+        self._crossed: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=_RECENT_TOKENS)
         self._tokens = 0
 
     def add(self, step: _Step) -> None:
         if step.tokens == 0:
             self._first = step.seconds
-        else:
-            self._steps.append(step)
-            self._tokens += step.tokens
+            return
+        self._tokens += step.tokens
+        if step.seconds is not None:
+            self._seconds.append(step.seconds / step.tokens)
+        if step.bytes is not None and step.copies is not None:
+            self._crossed.append((step.bytes, step.copies, step.tokens))
 
     def figures(self) -> Figures:
-        tokens = sum(step.tokens for step in self._steps)
-        counted = tokens and self._steps[-1].sharded
+        size, copies, tokens = map(sum, zip(*self._crossed, strict=True)) if self._crossed else (0, 0, 0)
         return Figures(
-            seconds_per_token=statistics.median(s.seconds / s.tokens for s in self._steps) if tokens else None,
+            seconds_per_token=statistics.median(self._seconds) if self._seconds else None,
             first_token_seconds=self._first,
-            bytes_per_token=sum(step.bytes for step in self._steps) / tokens if counted else None,
-            copies_per_token=sum(step.copies for step in self._steps) / tokens if counted else None,
+            bytes_per_token=size / tokens if tokens else None,
+            copies_per_token=copies / tokens if tokens else None,
             tokens=self._tokens,
         )
 

@@ -6,10 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import stacks
@@ -64,6 +67,7 @@ class Sharding:
     Attributes:
         placement: what of the model runs where, as last read.
         meter: seconds/token, traffic and memory of the model's replies.
+        failure: one sentence on the error after which it switched itself off; "" since it was last enabled.
     """
 
     def __init__(self, model: Any) -> None:
@@ -73,6 +77,7 @@ class Sharding:
         self._tuple_caches = Installation()
         self._model: weakref.ref[nn.Module] | None = None
         self.meter = Meter(self._counter, lambda: self.enabled)
+        self.failure = ""
         if isinstance(model, nn.Module):
             self._model = weakref.ref(model)
             self.placement = read_placement(model)
@@ -127,6 +132,7 @@ class Sharding:
             if model is None:
                 return
             self._restore()
+            self.failure = ""
             _take_over(model, self)
             self.placement = read_placement(model)
             # On one device now, with hooks that would send the inputs to where the weights were: then we go on alone.
@@ -161,6 +167,13 @@ class Sharding:
         forwards, self._forwards, self._runtime.forwards = self._forwards, None, None
         if forwards is not None:
             forwards.restore()
+
+    def _step_aside(self, error: Exception) -> None:
+        """Leave the model to accelerate after an error that may be our doing, so that no other reply is lost."""
+        with _lock:
+            self._restore()
+            self.failure = f"Switched off after an error in our part of a forward: {type(error).__name__}: {error}"
+            logger.error("%s", self.failure, exc_info=error)
 
     def _renew(self, stale: _Forwards) -> None:
         """Read the placement of a model that was moved or dispatched again, and go on with that."""
@@ -255,9 +268,23 @@ class _Runtime:
         current = self.lane.forward = Forward(owner, self.counter)
         try:
             yield current
+        except Exception as error:
+            sharding = self.sharding()
+            if sharding is not None and _may_be_ours(error):
+                sharding._step_aside(error)
+            raise
         finally:
             self.lane.forward = outer
             current.close()
+
+
+def _may_be_ours(error: Exception) -> bool:
+    """Whether it was raised in our code, or says that tensors met which are on different devices."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    innermost = [frame.f_code.co_filename for frame, _ in frames][-1]
+    return Path(innermost).parent == Path(__file__).parent or "same device" in str(error)
 
 
 _CACHES = frozenset({CACHE_NAME})
