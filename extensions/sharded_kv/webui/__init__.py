@@ -1,1 +1,1 @@
-"""The extension inside text-generation-webui. Knows the engine and Gradio, and alone imports the webui's `modules.*`."""
+"""The extension inside text-generation-webui: knows the engine and Gradio, and alone imports the webui's modules."""
