@@ -1,0 +1,198 @@
+"""What the extension does inside the webui: follows the loaded model, the switches and the Session tab's tick."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ..engine.sharding import MODES, Sharding, shard
+from . import settings
+from .host import NAME, Host
+from .measuring import Measuring
+from .state import PanelState
+from .watch import watch
+
+logger = logging.getLogger(__name__)
+
+_HELP = "To use several GPUs, load a model with the Transformers loader and give it memory on each (Model tab)."
+
+
+class Extension:
+    """The one of this process. None of its methods raises: a failure of ours is logged, and switches us off.
+
+    Attributes:
+        params: what the webui reads and saves; in step with the panel.
+    """
+
+    def __init__(self) -> None:
+        self.params = settings.defaults()
+        self._lock = threading.RLock()
+        self._host: Host | None = None
+        self._sharding: Sharding | None = None
+        self._activate: bool = True
+        self._mode: str = MODES[0]
+        self._failure = ""
+        self._measuring = Measuring(switched=self._apply)
+
+    # --- what the webui tells us --------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """The webui has loaded us, perhaps again: v4 does at each restart of its interface."""
+        with self._guarded("setting up"), self._lock:
+            if self._host is None:
+                host = Host.find()
+                settings.correct(self.params, NAME, host.logger.warning)
+                self._activate, self._mode = self.params["activate"], self.params["mode"]
+                self._host = host
+                watch(host.shared, {"model": self._model_assigned, "need_restart": self._restart_asked})
+            self.restarted()
+
+    def restarted(self) -> None:
+        """The interface is built again: we may have been ticked or unticked, and `params` read from the file again."""
+        with self._guarded("following a restart"), self._lock:
+            self._keep_in_step()
+            if self._host is not None:
+                self._follow(self._host.model)
+
+    def build_panel(self) -> None:
+        """The webui builds its interface, inside whose `gr.Blocks` we are. Without an interface it is never called."""
+        self.restarted()
+        with self._guarded("building its panel"):
+            # Gradio may be missing where there is no interface.
+            from . import panel
+
+            panel.build(self)
+
+    def _model_assigned(self, model: Any) -> None:
+        with self._guarded("following a model that was loaded"), self._lock:
+            self._follow(model)
+
+    def _restart_asked(self, needed: bool) -> None:
+        if not needed:  # the webui's main loop has taken note, and begins
+            self.restarted()
+
+    # --- what the user tells us ---------------------------------------------------------------------------------------
+
+    def set_activate(self, activate: bool) -> None:
+        """Sharding on or off, at once: between two tokens where a reply is being written."""
+        with self._guarded("switching"), self._lock:
+            self._measuring.cancel("Cancelled: sharding was switched meanwhile.")
+            self._activate = bool(activate)
+            self._failure = ""  # switching on is how one tries again
+            self.restarted()
+
+    def set_mode(self, mode: str) -> None:
+        """How the model runs while sharding is on."""
+        with self._guarded("changing the mode"), self._lock:
+            self._measuring.cancel("Cancelled: the mode was changed meanwhile.")
+            self._mode = mode
+            self._keep_in_step()
+            self._apply()
+
+    def measure(self) -> None:
+        """Begin "Measure on and off", if there is something to measure and none is under way."""
+        with self._guarded("measuring"), self._lock:
+            if self._host is not None and self._sharding is not None and self._sharding.active:
+                self._measuring.start(self._host, self._sharding)
+
+    def cancel_measuring(self) -> None:
+        """Stop it at the next token."""
+        self._measuring.cancel("Cancelled.")
+
+    # --- what the panel shows -----------------------------------------------------------------------------------------
+
+    def state(self) -> PanelState:
+        """All of it as of now. From any thread."""
+        with self._guarded("reading the meter"):
+            return self._read_state()
+        return PanelState(self._activate, self._mode, *self._verdict())
+
+    def _read_state(self) -> PanelState:
+        host, sharding = self._host, self._sharding
+        sharded = sharding if sharding is not None and sharding.active else None
+        return PanelState(
+            self._activate,
+            self._mode,
+            *self._verdict(),
+            model=host.model_name if host is not None else "",
+            placement=sharded.placement if sharded else None,
+            snapshot=sharded.meter.snapshot() if sharded else None,
+            measurement=self._measuring.state,
+        )
+
+    def _verdict(self) -> tuple[Any, str]:
+        host, sharding = self._host, self._sharding
+        if self._failure:
+            return "failed", self._failure
+        if host is None:
+            return "idle", "The webui has not set the extension up yet."
+        if not host.ticked:
+            return "idle", f"Unticked in the Session tab: the model runs as if {NAME} was not there."
+        if sharding is None:
+            return "idle", f"No model is loaded. {_HELP}"
+        if sharding.failure:
+            return "failed", f"{sharding.failure} Tick the box to try again; the log has the details."
+        if not sharding.active:
+            return "idle", f"{sharding.reason} {_HELP}"
+        if sharding.enabled:
+            return "on", f"On ({sharding.mode}). {_split(sharding)}"
+        return "off", f"Off: accelerate runs the model with its own hooks. {_split(sharding)}"
+
+    # --- how it is done -----------------------------------------------------------------------------------------------
+
+    def _follow(self, model: Any) -> None:
+        """Take up `model`, which the webui has now, and let go of the one before."""
+        before, self._sharding = self._sharding, None
+        if model is not None and self._host is not None and self._host.ticked:
+            self._sharding = shard(model)  # the same model, a restart: then it is the same Sharding, too
+            self._apply()
+        if before is not None and before is not self._sharding:
+            self._measuring.cancel("Cancelled: another model was loaded, or none.")
+            before.detach()
+        if self._sharding is not None and self._sharding is not before and self._host is not None:
+            self._host.logger.info("%s: %s", NAME, self._verdict()[1])
+
+    def _apply(self) -> None:
+        """Put the model's switches to what the user asked for."""
+        with self._guarded("switching"), self._lock:
+            sharding = self._sharding
+            if sharding is None:
+                return
+            sharding.mode = self._mode
+            if self._activate:
+                sharding.enable()
+            else:
+                sharding.disable()
+
+    def _keep_in_step(self) -> None:
+        self.params.update(activate=self._activate, mode=self._mode)
+        if self._host is not None:
+            self._host.keep_in_step(self.params)
+
+    @contextlib.contextmanager
+    def _guarded(self, doing: str) -> Iterator[None]:
+        """Nothing of ours may stop the webui from loading or generating."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = f"{NAME} has failed while {doing}, and switched itself off: {type(error).__name__}: {error}"
+            (self._host.logger if self._host is not None else logger).exception(self._failure)
+            sharding, self._sharding = self._sharding, None
+            if sharding is not None:
+                with contextlib.suppress(Exception):
+                    sharding.detach()
+
+
+def _split(sharding: Sharding) -> str:
+    """How the model is split, for people."""
+    counts: dict[str, int] = {}
+    for stage in sharding.placement.stages:
+        place = f"GPU {stage.device.index}" if stage.device.type != "cpu" else "the CPU"
+        counts[place] = counts.get(place, 0) + len(stage.blocks)
+    return "Blocks: " + ", ".join(f"{n} on {place}" for place, n in counts.items()) + "."
+
+
+extension = Extension()

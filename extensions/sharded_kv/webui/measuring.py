@@ -1,0 +1,120 @@
+""" "Measure on and off": runs beside the webui, one short reply at a time, each when nobody else replies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..engine import measure, vram
+from ..engine.sharding import Sharding
+from .host import Host
+from .state import Measurement
+
+PROMPT = "Two hikers reach a fork in the mountain path. The older one looks at the map and says:"
+# How often a measurement that waits for its turn looks whether it may, or was cancelled.
+_WAIT_SECONDS = 0.1
+# After each reply of ours, so that a reply that waits for the lock gets it before our next one.
+_PAUSE_SECONDS = 0.05
+
+
+class Measuring:
+    """One measurement at a time, of the model that is loaded when it starts.
+
+    Args:
+        switched: called after each reply, to put the switch back to what the user asked for.
+    """
+
+    def __init__(self, switched: Callable[[], None]) -> None:
+        self._switched = switched
+        self._lock = threading.Lock()
+        self._state = Measurement()
+        self._cancelled = ""
+
+    @property
+    def state(self) -> Measurement:
+        """How far it has got."""
+        return self._state
+
+    def start(self, host: Host, sharding: Sharding) -> None:
+        """Begin, unless one is under way."""
+        with self._lock:
+            if self._state.under_way:
+                return
+            self._cancelled = ""
+            self._set(phase="waiting", done=0, of=2 * (measure.ROUNDS + 1), message="")
+        threading.Thread(target=self._run, args=(host, sharding), name="sharded_kv measuring", daemon=True).start()
+
+    def cancel(self, why: str) -> None:
+        """Stop at the next token. Does nothing if none is under way.
+
+        Args:
+            why: one sentence for the panel.
+        """
+        with self._lock:
+            if self._state.under_way and not self._cancelled:
+                self._cancelled = why
+
+    def _run(self, host: Host, sharding: Sharding) -> None:
+        try:
+            comparison = self._measure(host, sharding)
+            names = Counter(vram.name(device) for device in sharding.placement.devices)
+            gpu = " + ".join(f"{n}x {name}" for name, n in names.items())
+            self._set(phase="done", gpu=gpu, model=host.model_name, comparison=comparison)
+        except measure.Cancelled:
+            self._set(phase="cancelled", message=self._cancelled)
+        except Exception as error:
+            host.logger.exception("sharded_kv: measuring failed.")
+            self._set(phase="failed", message=f"Measuring failed: {error}")
+
+    def _measure(self, host: Host, sharding: Sharding) -> measure.Comparison:
+        model, tokenizer = host.model, host.tokenizer
+
+        def goes_on() -> bool:
+            if host.model is not model:
+                self.cancel("Cancelled: another model was loaded, or none.")
+            return not self._cancelled
+
+        @contextlib.contextmanager
+        def turn() -> Iterator[None]:
+            self._set(phase="waiting")
+            with _held(host.generation_lock, goes_on):
+                while sharding.meter.snapshot().generating and goes_on():  # not every reply takes the lock
+                    time.sleep(_WAIT_SECONDS)
+                self._set(phase="running")
+                try:
+                    yield
+                finally:
+                    self._switched()
+            time.sleep(_PAUSE_SECONDS)
+
+        inputs = tokenizer(PROMPT, return_tensors="pt").to(sharding.placement.main_device)
+        return measure.measure(
+            model, sharding, inputs, turn=turn, goes_on=goes_on, progress=lambda done, of: self._set(done=done, of=of)
+        )
+
+    def _set(self, **changes: Any) -> None:
+        self._state = dataclasses.replace(self._state, **changes)
+
+
+@contextlib.contextmanager
+def _held(lock: Any, goes_on: Callable[[], bool]) -> Iterator[None]:
+    """Hold `lock`, if there is one, once it is free; give up waiting when `goes_on` says no.
+
+    Raises:
+        measure.Cancelled: it said no.
+    """
+    if lock is None:
+        yield
+        return
+    while not lock.acquire(timeout=_WAIT_SECONDS):
+        if not goes_on():
+            raise measure.Cancelled
+    try:
+        yield
+    finally:
+        lock.release()
