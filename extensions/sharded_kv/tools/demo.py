@@ -27,6 +27,8 @@ from . import models, simulated
 
 PROMPT = "The cache of a layer stays on the device of the layer, and"
 PORT = 7861
+# Room for the tiny model and a long reply, so that the panel's bars have something to show.
+SIMULATED_BYTES = 4 * 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,6 +122,8 @@ def _devices(asked: str | None) -> list[str]:
     kind, _, count = (asked or ("cuda:2" if torch.cuda.device_count() >= 2 else "sim:2")).partition(":")
     if kind == "sim":
         simulated.start(int(count))
+        for index in range(int(count)):
+            simulated.set_capacity(index, SIMULATED_BYTES)
     elif torch.cuda.device_count() < int(count):
         sys.exit(
             f"There are {torch.cuda.device_count()} CUDA GPUs here, not {count}: --devices sim:{count} simulates them."

@@ -47,7 +47,7 @@ def serve(model: Any, tokenizer: Any, name: str, port: int) -> None:
         print("\nEnding.", flush=True)
     finally:
         writer.close()
-        page.close()
+        page.close(verbose=False)
 
 
 def build(script: ModuleType, writer: Writer) -> gr.Blocks:

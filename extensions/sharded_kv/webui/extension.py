@@ -61,10 +61,13 @@ class Extension:
         """The webui builds its interface, inside whose `gr.Blocks` we are. Without an interface it is never called."""
         self.restarted()
         with self._guarded("building its panel"):
-            # Gradio may be missing where there is no interface.
-            from . import panel
+            from . import panel  # Gradio may be missing where there is no interface
 
             panel.build(self)
+            return
+        import gradio as gr
+
+        gr.Textbox(self._failure, label=NAME, interactive=False)
 
     def _model_assigned(self, model: Any) -> None:
         with self._guarded("following a model that was loaded"), self._lock:
@@ -138,8 +141,8 @@ class Extension:
         if not sharding.active:
             return "idle", f"{sharding.reason} {_HELP}"
         if sharding.enabled:
-            return "on", f"On ({sharding.mode}). {_split(sharding)}"
-        return "off", f"Off: accelerate runs the model with its own hooks. {_split(sharding)}"
+            return "on", f"{NAME} runs the model ({sharding.mode} mode): {_split(sharding)}"
+        return "off", f"accelerate runs the model with its own hooks: {_split(sharding)}"
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
@@ -153,7 +156,7 @@ class Extension:
             self._measuring.cancel("Cancelled: another model was loaded, or none.")
             before.detach()
         if self._sharding is not None and self._sharding is not before and self._host is not None:
-            self._host.logger.info("%s: %s", NAME, self._verdict()[1])
+            self._host.logger.info("%s: %s. %s", NAME, *self._verdict())
 
     def _apply(self) -> None:
         """Put the model's switches to what the user asked for."""
@@ -192,7 +195,7 @@ def _split(sharding: Sharding) -> str:
     for stage in sharding.placement.stages:
         place = f"GPU {stage.device.index}" if stage.device.type != "cpu" else "the CPU"
         counts[place] = counts.get(place, 0) + len(stage.blocks)
-    return "Blocks: " + ", ".join(f"{n} on {place}" for place, n in counts.items()) + "."
+    return ", ".join(f"{n} {'block' if n == 1 else 'blocks'} on {place}" for place, n in counts.items()) + "."
 
 
 extension = Extension()
