@@ -4,20 +4,34 @@
   if (window.shardedKvTimer) return [];
   const periodMs = 1000;
   let lastAsked = 0;
-  let lastBeat = null;
+  let lastTime = null;
+  let differed = false;
 
   const find = (id) => document.getElementById(id);
+  const press = (id) => {
+    const element = find(id);
+    if (element !== null) (element.matches("button") ? element : element.querySelector("button")).click();
+  };
   const isSeen = (panel) => panel !== null && panel.offsetParent !== null && document.visibilityState === "visible";
-  const beat = () => find("sharded_kv-beat")?.dataset.time ?? null;
 
   // A stopped server would make Gradio show an error for every click: ask quietly first where no answer came.
-  const ask = async (button) => {
-    if (lastBeat !== null && beat() === lastBeat) {
+  const ask = async (time) => {
+    if (time !== undefined && time === lastTime) {
       const answers = await fetch(window.location.href, { method: "HEAD", cache: "no-store" }).then(() => true, () => false);
       if (!answers) return;
     }
-    lastBeat = beat();
-    button.click();
+    lastTime = time;
+    press("sharded_kv-tick");
+  };
+
+  // Another browser may have switched. Twice in a row, since a click here may be on its way.
+  const followSwitches = (beat) => {
+    const box = document.querySelector("#sharded_kv-activate input[type=checkbox]");
+    const mode = document.querySelector("#sharded_kv-mode input[type=radio]:checked");
+    const differs =
+      (box !== null && String(box.checked) !== beat.activate) || (mode !== null && mode.value !== beat.mode);
+    if (differs && differed) press("sharded_kv-sync");
+    differed = differs && !differed;
   };
 
   window.shardedKvTimer = setInterval(() => {
@@ -26,10 +40,11 @@
       return;
     }
     const now = performance.now();
-    const button = find("sharded_kv-tick");
-    if (button === null || (lastAsked && now - lastAsked < periodMs)) return;
+    if (lastAsked && now - lastAsked < periodMs) return;
     lastAsked = now;
-    ask(button.matches("button") ? button : button.querySelector("button"));
+    const beat = find("sharded_kv-beat")?.dataset ?? {};
+    if (beat.time !== undefined) followSwitches(beat);
+    ask(beat.time);
   }, 100);
   return [];
 }

@@ -14,6 +14,7 @@ from gradio.context import Context
 from ..engine.sharding import MODES
 from . import view
 from .extension import Extension
+from .state import PanelState
 
 _FOLDER = Path(__file__).parent
 
@@ -41,44 +42,48 @@ def build(extension: Extension) -> None:
         live = gr.HTML(view.live(state))
         with gr.Row():
             measure = gr.Button("Measure on and off", elem_id="sharded_kv-measure")
-            cancel = gr.Button("Cancel", elem_id="sharded_kv-cancel", interactive=False)
+            cancel = gr.Button("Cancel measuring", elem_id="sharded_kv-cancel")
         measurement = gr.HTML(view.measurement(state))
-        tick = gr.Button("Refresh", elem_id="sharded_kv-tick")
+        tick = gr.Button(elem_id="sharded_kv-tick")
+        sync = gr.Button(elem_id="sharded_kv-sync")
 
-    shown = [activate, mode, status, live, measure, cancel, measurement]
-
-    def refresh(activate: bool, mode: str) -> list[Any]:
+    def drawn() -> tuple[str, str, str]:
         state = extension.state()
-        return [
-            # What the browser has already stays: it may be newer than this answer.
-            gr.update() if activate == state.activate else gr.update(value=state.activate),
-            gr.update() if mode == state.mode else gr.update(value=state.mode),
-            f'<i id="sharded_kv-beat" data-time="{time.time()}" hidden></i>{view.status(state)}',
-            view.live(state),
-            gr.update(interactive=state.placement is not None and not state.measurement.under_way),
-            gr.update(interactive=state.measurement.under_way),
-            view.measurement(state),
-        ]
+        return _beat(state) + view.status(state), view.live(state), view.measurement(state)
 
-    def after(action: Callable[[bool, str], None]) -> Callable[[bool, str], list[Any]]:
-        def handle(activate: bool, mode: str) -> list[Any]:
-            action(activate, mode)
-            return refresh(activate, mode)
+    def switches() -> tuple[bool, str]:
+        state = extension.state()
+        return state.activate, state.mode
+
+    def after(action: Callable[..., None]) -> Callable[..., tuple[str, str, str]]:
+        def handle(*values: Any) -> tuple[str, str, str]:
+            action(*values)
+            return drawn()
 
         return handle
 
-    for event, handle in (
-        (Context.root_block.load, refresh),
-        (tick.click, refresh),
-        (activate.input, after(lambda activate, mode: extension.set_activate(activate))),
-        (mode.input, after(lambda activate, mode: extension.set_mode(mode))),
-        (measure.click, after(lambda activate, mode: extension.measure())),
-        (cancel.click, after(lambda activate, mode: extension.cancel_measuring())),
+    page = Context.root_block
+    for event, handle, inputs, outputs in (
+        (page.load, drawn, [], [status, live, measurement]),
+        (page.load, switches, [], [activate, mode]),
+        (tick.click, drawn, [], [status, live, measurement]),
+        (sync.click, switches, [], [activate, mode]),
+        (activate.input, after(extension.set_activate), [activate], [status, live, measurement]),
+        (mode.input, after(extension.set_mode), [mode], [status, live, measurement]),
+        (measure.click, after(extension.measure), [], [status, live, measurement]),
+        (cancel.click, after(extension.cancel_measuring), [], [status, live, measurement]),
     ):
-        # Not in the queue, where replies are: neither waits for the other.
-        event(handle, [activate, mode], shown, queue=False, **_quietly(event))
-    Context.root_block.load(
-        None, None, None, **{_name_of_js(Context.root_block.load): (_FOLDER / "panel.js").read_text(encoding="utf-8")}
+        # Not in the queue, where replies are: neither waits for the other. Whole values and no gr.update(), for which
+        # Gradio makes a component anew: that took two thirds of a tick's time.
+        event(handle, inputs, outputs, queue=False, **_quietly(event))
+    page.load(None, None, None, **{_name_of_js(page.load): (_FOLDER / "panel.js").read_text(encoding="utf-8")})
+
+
+def _beat(state: PanelState) -> str:
+    """What panel.js reads: that an answer came, and how the switches stand."""
+    return (
+        f'<i id="sharded_kv-beat" data-time="{time.time()}" data-activate="{str(state.activate).lower()}"'
+        f' data-mode="{state.mode}" hidden></i>'
     )
 
 
