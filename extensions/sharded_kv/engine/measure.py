@@ -33,7 +33,7 @@ class Measured:
         seconds_per_token, first_token_seconds: median over the rounds; None if a reply was too short to tell.
         bytes_per_token, copies_per_token: between GPUs, mean over the counted reply, prompt included.
         peak: for each device, as "cuda:0", the most bytes that tensors held after any operator of the counted reply.
-        reply: token ids of the counted reply, prompt included.
+        reply: the new token ids of the counted reply.
     """
 
     seconds_per_token: float | None
@@ -107,18 +107,15 @@ def measure(
                 current = sharding.meter.snapshot().current
                 timed[on].append((current.seconds_per_token, current.first_token_seconds))
         progress(done + 1, of)
-    return Comparison(*(_measured(*counted[on], timed[on], inputs) for on in (False, True)))
+    return Comparison(*(_measured(*counted[on], timed[on]) for on in (False, True)))
 
 
-def _measured(
-    observer: Observer, reply: list[int], timed: list[tuple[float | None, float | None]], inputs: Any
-) -> Measured:
-    new_tokens = max(1, len(reply) - inputs["input_ids"].shape[1])
+def _measured(observer: Observer, reply: list[int], timed: list[tuple[float | None, float | None]]) -> Measured:
     return Measured(
         seconds_per_token=_median([seconds for seconds, _ in timed]),
         first_token_seconds=_median([first for _, first in timed]),
-        bytes_per_token=observer.bytes_between_gpus / new_tokens,
-        copies_per_token=observer.copies_between_gpus / new_tokens,
+        bytes_per_token=observer.bytes_between_gpus / len(reply),
+        copies_per_token=observer.copies_between_gpus / len(reply),
         peak={str(device): held for device, held in observer.peak.items()},
         reply=tuple(reply),
     )
@@ -161,5 +158,6 @@ def _reply(model: Any, inputs: Any, tokens: int, goes_on: Callable[[], bool]) ->
         )
     if cancelled:
         raise Cancelled
-    reply: list[int] = out[0].tolist()
+    is_seq2seq = getattr(model.config, "is_encoder_decoder", False)  # then the prompt is not in there, but one token
+    reply: list[int] = out[0, 1 if is_seq2seq else inputs["input_ids"].shape[1] :].tolist()
     return reply

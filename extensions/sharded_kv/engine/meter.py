@@ -125,6 +125,11 @@ class Snapshot:
     traffic: Traffic
 
     @property
+    def current_is_sharded(self) -> bool:
+        """Whether the latest figures are with sharding on."""
+        return self.current is not self.unsharded
+
+    @property
     def seconds_per_token(self) -> float | None:
         """Of the latest reply."""
         return self.current.seconds_per_token

@@ -116,8 +116,7 @@ def _headline(model: str, generating: bool) -> Markup:
 
 def _tiles(snapshot: Snapshot) -> Markup:
     """The latest figures, each beside the last one with sharding off; beside those with it off, the last with it on."""
-    now = snapshot.current
-    is_on = now != snapshot.unsharded
+    now, is_on = snapshot.current, snapshot.current_is_sharded
     other = (snapshot.unsharded if is_on else snapshot.sharded) or Figures()
     tone, other_tone = ("on", "off") if is_on else ("off", "on")
 
@@ -593,8 +592,11 @@ def _slower(measured: Measured, other: Measured) -> Markup:
 
 
 def _same_text(comparison: Comparison) -> str:
-    same = comparison.on.reply == comparison.off.reply
-    return "Both wrote the same tokens." if same else "They wrote different tokens."
+    on, off = comparison.on.reply, comparison.off.reply
+    if on == off:
+        return "Both wrote the same tokens."
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(on, off, strict=False)))
+    return f"Both wrote the same {same} tokens, then others, as two replies in 16 bits can."
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
