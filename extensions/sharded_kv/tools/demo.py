@@ -27,6 +27,7 @@ from . import models, simulated
 
 PROMPT = "The cache of a layer stays on the device of the layer, and"
 PORT = 7861
+SIMULATED = "The GPUs are simulated on the CPU: bytes, copies and memory are exact, times are the simulation's own."
 # Room for the tiny model and a long reply, so that the panel's bars have something to show.
 SIMULATED_BYTES = 4 * 2**20
 
@@ -49,10 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Stages: {sharding.placement.describe()}\n", flush=True)
     comparison = compare(model, sharding, tokenizer(PROMPT, return_tensors="pt").to(devices[0]), options.tokens)
     print(table(comparison, sharding))
-    if devices[0].startswith("sim"):
-        print(
-            "\nThe GPUs are simulated on the CPU: bytes, copies and memory are exact, times are the simulation's own."
-        )
+    remark = SIMULATED if devices[0].startswith("sim") else ""
+    if remark:
+        print(f"\n{remark}")
     equal = comparison.off.reply == comparison.on.reply
     print(
         "\nEqual tokens." if equal else "\nThe tokens DIFFER: please report this with the versions above.", flush=True
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         from . import page  # Gradio takes seconds to import, and may be missing where nobody wants a page
 
-        page.serve(model, tokenizer, f"tiny {options.family}", options.port)
+        page.serve(model, tokenizer, f"tiny {options.family}", options.port, remark)
     return 0 if equal else 1
 
 

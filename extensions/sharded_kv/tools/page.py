@@ -22,7 +22,7 @@ FIRST_PROMPT = "Two GPUs meet on a bus. One of them says:"
 REPLY_TOKENS = 200
 
 
-def serve(model: Any, tokenizer: Any, name: str, port: int) -> None:
+def serve(model: Any, tokenizer: Any, name: str, port: int, remark: str) -> None:
     """Show the page on 127.0.0.1 until Ctrl-C.
 
     Args:
@@ -30,6 +30,7 @@ def serve(model: Any, tokenizer: Any, name: str, port: int) -> None:
         tokenizer: its tokenizer.
         name: what to call it.
         port: where the page is.
+        remark: a sentence for the top of the page, or "".
     """
     host = _stand_in(tokenizer, name)
     from .. import script
@@ -37,8 +38,8 @@ def serve(model: Any, tokenizer: Any, name: str, port: int) -> None:
     script.setup()
     host.model = model
     writer = Writer(host)
-    page = build(script, writer)
-    page.queue()
+    page = build(script, writer, remark)
+    page.queue(**_several_at_once(page.queue))
     page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
     print(f"\nThe panel is on http://127.0.0.1:{port}. Ctrl-C ends it.", flush=True)
     try:
@@ -50,10 +51,10 @@ def serve(model: Any, tokenizer: Any, name: str, port: int) -> None:
         page.close(verbose=False)
 
 
-def build(script: ModuleType, writer: Writer) -> gr.Blocks:
-    """The page: the chat box, and what the extension's `ui()` builds."""
+def build(script: ModuleType, writer: Writer, remark: str) -> gr.Blocks:
+    """The page: the chat box, and what the extension's `ui()` builds. `remark` stands above both."""
     with gr.Blocks(title="sharded_kv", analytics_enabled=False) as page:
-        gr.Markdown("## sharded_kv\nThe panel as it is in the webui, on the right, and a model to keep it busy.")
+        gr.Markdown(f"## sharded_kv\nThe panel as it is in the webui, and a model to keep it busy. {remark}")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 prompt = gr.Textbox(FIRST_PROMPT, label="You say", elem_id="demo-prompt")
@@ -75,11 +76,10 @@ def build(script: ModuleType, writer: Writer) -> gr.Blocks:
             writer.keep_on(keeps_on, prompt)
             yield from writer.follow()
 
-        several = _several_at_once(reply.click)
-        reply.click(write, [prompt], [chat], **several)
-        keep.input(keep_on, [keep, prompt], [chat], **several)
+        reply.click(write, [prompt], [chat])
+        keep.input(keep_on, [keep, prompt], [chat])
         stop.click(writer.stop, None, [keep], queue=False)
-        page.load(writer.follow, None, [chat], **several)
+        page.load(writer.follow, None, [chat])
     return page
 
 
@@ -198,6 +198,7 @@ def _stand_in(tokenizer: Any, name: str) -> Any:
     return shared
 
 
-def _several_at_once(event: Callable[..., Any]) -> dict[str, Any]:
-    """The option by which one browser that follows a reply does not keep another one waiting; Gradio 3 had none."""
-    return {"concurrency_limit": None} if "concurrency_limit" in inspect.signature(event).parameters else {}
+def _several_at_once(queue: Callable[..., Any]) -> dict[str, int]:
+    """The option by which one browser that follows a reply does not keep another one waiting."""
+    name = "default_concurrency_limit"
+    return {name if name in inspect.signature(queue).parameters else "concurrency_count": 16}  # Gradio 3: the latter
