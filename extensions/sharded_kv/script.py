@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import sys
 import traceback
 from pathlib import Path
@@ -18,10 +17,10 @@ def _package() -> ModuleType:
     webui 4 loads it by its path, as `user_ext_sharded_kv`, which has no package around it. Nothing goes on `sys.path`:
     there the folder `extensions/openai` of webui 1 and 2 would hide the library of that name.
     """
-    if __package__:
-        return importlib.import_module(__package__)
+    if __package__ in sys.modules:
+        return sys.modules[__package__]
     folder = Path(__file__).parent
-    name = f"extensions.{folder.name}"
+    name = "extensions.sharded_kv"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -39,10 +38,12 @@ def _package() -> ModuleType:
 
 def _load() -> Any:
     """The extension; where it cannot be imported, what says so in its place: the webui has to start all the same."""
+    package = _package().__name__
     try:
-        return importlib.import_module(f"{_package().__name__}.webui.extension").extension
+        return importlib.import_module(f"{package}.webui.extension").extension
     except Exception as error:
-        logging.getLogger(__name__).exception("sharded_kv cannot be loaded, and does nothing.")
+        host = importlib.import_module(f"{package}.webui.host")
+        host.logger().exception("sharded_kv cannot be loaded, and does nothing.")
         return _Broken(error)
 
 

@@ -49,13 +49,16 @@ def shard(model: Any) -> Sharding:
     """
     if isinstance(model, _NO_MODELS):
         raise TypeError(f"shard() takes a loaded model, not {model!r:.60}: pass what from_pretrained() returned.")
+    if not isinstance(model, nn.Module):
+        return Sharding(model)
     with _lock:
+        sharding = _shardings.get(model) or Sharding(model)
+        _shardings[model] = sharding
         try:
-            sharding = _shardings.get(model) or Sharding(model)
-            _shardings[model] = sharding
-        except TypeError:  # no weak reference or no hash: then it is no torch model
-            sharding = Sharding(model)
-        sharding.enable()
+            sharding.enable()
+        except BaseException:  # a defect of ours, or Ctrl-C: of what was done by then nobody would know
+            sharding.detach()
+            raise
     return sharding
 
 
@@ -75,6 +78,7 @@ class Sharding:
         self._runtime = _Runtime(self._counter, self)
         self._forwards: _Forwards | None = None
         self._tuple_caches = Installation()
+        self._is_detached = False
         self._model: weakref.ref[nn.Module] | None = None
         self.meter = Meter(self._counter, lambda: self.enabled)
         self.failure = ""
@@ -123,10 +127,10 @@ class Sharding:
         """Have the model run by our forwards. Takes effect between two blocks, also while a reply is written.
 
         Reads the placement again, since the model may have been moved or dispatched again. Does nothing for an
-        inactive Sharding.
+        inactive Sharding or a detached one.
         """
         with _lock:
-            if self.enabled:
+            if self.enabled or self._is_detached:
                 return
             model = None if self._model is None else self._model()
             if model is None:
@@ -148,6 +152,7 @@ class Sharding:
     def detach(self) -> None:
         """Off for good: the model has no attribute of ours any more. `shard()` would make a new Sharding."""
         with _lock:
+            self._is_detached = True
             self._restore()
             self.meter.detach()
             self._tuple_caches.restore()

@@ -80,8 +80,12 @@ class Installation:
     def __init__(self, swaps: Iterable[Swap] = ()) -> None:
         swaps = list(swaps)
         self._swaps = [weakref.ref(swap) for swap in swaps]
-        for swap in swaps:
-            swap.install()
+        try:
+            for swap in swaps:
+                swap.install()
+        except BaseException:  # all or none
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Put back all that was there, in the opposite order."""

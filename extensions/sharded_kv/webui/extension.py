@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from ..engine.sharding import MODES, Sharding, shard
 from . import settings
-from .host import NAME, Host
+from .host import NAME, Host, logger
 from .measuring import Measuring
 from .state import PanelState
 from .watch import watch
-
-logger = logging.getLogger(__name__)
 
 _HELP = "To use several GPUs, load a model with the Transformers loader and give it memory on each (Model tab)."
 
@@ -34,6 +31,7 @@ class Extension:
         self._sharding: Sharding | None = None
         self._activate: bool = True
         self._mode: str = MODES[0]
+        self._has_told = False  # of the model, in the log
         self._failure = ""
         self._measuring = Measuring(switched=self._apply)
 
@@ -44,6 +42,7 @@ class Extension:
         with self._guarded("setting up"), self._lock:
             if self._host is None:
                 host = Host.find()
+                host.show_our_log()
                 settings.correct(self.params, NAME, host.logger.warning)
                 self._activate, self._mode = self.params["activate"], self.params["mode"]
                 self._host = host
@@ -54,8 +53,7 @@ class Extension:
         """The interface is built again: we may have been ticked or unticked, and `params` read from the file again."""
         with self._guarded("following a restart"), self._lock:
             self._keep_in_step()
-            if self._host is not None:
-                self._follow(self._host.model)
+            self._follow()
 
     def build_panel(self) -> None:
         """The webui builds its interface, inside whose `gr.Blocks` we are. Without an interface it is never called."""
@@ -69,9 +67,10 @@ class Extension:
 
         gr.Textbox(self._failure, label=NAME, interactive=False)
 
-    def _model_assigned(self, model: Any) -> None:
+    def _model_assigned(self, _: Any) -> None:
         with self._guarded("following a model that was loaded"), self._lock:
-            self._follow(model)
+            self._has_told = False
+            self._follow()
 
     def _restart_asked(self, needed: bool) -> None:
         if not needed:  # the webui's main loop has taken note, and begins
@@ -83,9 +82,9 @@ class Extension:
         """Sharding on or off, at once: between two tokens where a reply is being written."""
         with self._guarded("switching"), self._lock:
             self._measuring.cancel("Cancelled: sharding was switched meanwhile.")
-            self._activate = bool(activate)
+            self._activate = self.params["activate"] = bool(activate)
             self._failure = ""  # switching on is how one tries again
-            self.restarted()
+            self.setup()
 
     def set_mode(self, mode: str) -> None:
         """How the model runs while sharding is on."""
@@ -146,17 +145,23 @@ class Extension:
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
-    def _follow(self, model: Any) -> None:
-        """Take up `model`, which the webui has now, and let go of the one before."""
-        before, self._sharding = self._sharding, None
-        if model is not None and self._host is not None and self._host.ticked:
-            self._sharding = shard(model)  # the same model, a restart: then it is the same Sharding, too
-            self._apply()
-        if before is not None and before is not self._sharding:
-            self._measuring.cancel("Cancelled: another model was loaded, or none.")
+    def _follow(self) -> None:
+        """Take up the model that the webui has now, and let go of the one before."""
+        if self._host is None:
+            return
+        self._measuring.cancel("Cancelled: a model was loaded or unloaded, or the interface restarted.")
+        before, sharding = self._sharding, None
+        model = self._host.model  # of two threads that load at once, the later one's
+        if model is not None and self._host.ticked:
+            sharding = shard(model)  # the same model, after a restart: then it is the same Sharding, too
+        self._sharding = sharding
+        if before is not None and before is not sharding:
             before.detach()
-        if self._sharding is not None and self._sharding is not before and self._host is not None:
+        self._failure = ""
+        self._apply()
+        if sharding is not None and not self._has_told:
             self._host.logger.info("%s: %s. %s", NAME, *self._verdict())
+        self._has_told = sharding is not None
 
     def _apply(self) -> None:
         """Put the model's switches to what the user asked for."""
@@ -173,7 +178,7 @@ class Extension:
     def _keep_in_step(self) -> None:
         self.params.update(activate=self._activate, mode=self._mode)
         if self._host is not None:
-            self._host.keep_in_step(self.params)
+            self._host.keep_in_step(self.params, settings.defaults())
 
     @contextlib.contextmanager
     def _guarded(self, doing: str) -> Iterator[None]:
@@ -182,7 +187,7 @@ class Extension:
             yield
         except Exception as error:
             self._failure = f"{NAME} has failed while {doing}, and switched itself off: {type(error).__name__}: {error}"
-            (self._host.logger if self._host is not None else logger).exception(self._failure)
+            logger().exception(self._failure)
             sharding, self._sharding = self._sharding, None
             if sharding is not None:
                 with contextlib.suppress(Exception):

@@ -23,7 +23,13 @@ class Host:
 
     def __init__(self, shared: ModuleType) -> None:
         self.shared: Any = shared
-        self.logger = _logger()
+        self.logger = logger()
+
+    def show_our_log(self) -> None:
+        """Show the warnings and errors of our other rooms, too, where the webui shows its own."""
+        ours = logging.getLogger(str(__package__).rpartition(".")[0])
+        ours.handlers[:] = self.logger.handlers
+        ours.propagate = not self.logger.handlers
 
     @classmethod
     def find(cls) -> Host:
@@ -60,22 +66,22 @@ class Host:
         """The lock of most replies; None where this version has none."""
         return getattr(self.shared, "generation_lock", None)
 
-    def keep_in_step(self, params: dict[str, Any]) -> None:
-        """Let settings that came from settings.yaml say what the panel shows.
+    def keep_in_step(self, params: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Have it read and save what the panel shows, at each restart of its interface.
 
-        Before October 2023 the webui copies them over `params` at each restart of the interface, and until today what
-        it saves begins with them.
+        Until October 2023 settings that came from settings.yaml are copied over `params` again at each restart, and
+        what is saved begins with them. Later versions take what `params` holds at a restart for its defaults, and do
+        not save what equals them.
         """
-        settings = getattr(self.shared, "settings", {})
-        for name, value in params.items():
-            if f"{NAME}-{name}" in settings:
-                settings[f"{NAME}-{name}"] = value
+        for known, values in (("settings", params), ("default_settings", defaults)):
+            settings = getattr(self.shared, known, {})
+            settings.update({key: value for name, value in values.items() if (key := f"{NAME}-{name}") in settings})
 
 
-def _logger() -> logging.Logger:
+def logger() -> logging.Logger:
     """The webui's logger; in May 2023 it used the root logger, which ours reports to."""
     with contextlib.suppress(Exception):
-        logger = importlib.import_module("modules.logging_colors").logger
-        if isinstance(logger, logging.Logger):
-            return logger
+        found = importlib.import_module("modules.logging_colors").logger
+        if isinstance(found, logging.Logger):
+            return found
     return logging.getLogger("sharded_kv")

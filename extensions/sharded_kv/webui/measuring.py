@@ -46,8 +46,13 @@ class Measuring:
             if self._state.under_way:
                 return
             self._cancelled = ""
+            thread = threading.Thread(target=self._run, args=(host, sharding), name="sharded_kv measuring", daemon=True)
             self._set(phase="waiting", done=0, of=2 * (measure.ROUNDS + 1), message="")
-        threading.Thread(target=self._run, args=(host, sharding), name="sharded_kv measuring", daemon=True).start()
+            try:
+                thread.start()
+            except RuntimeError:
+                self._set(phase="idle")
+                raise
 
     def cancel(self, why: str) -> None:
         """Stop at the next token. Does nothing if none is under way.
