@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -68,7 +68,7 @@ class TrafficCounter:
             return Traffic(dict(self._copies), dict(self._bytes))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Copy:
     """A tensor, its copy on another device, and how both looked when the copy was made.
 
@@ -139,10 +139,11 @@ class Forward:
         if kind == "tensor":
             return value if value.device == device else self._copy(value, device)
         if kind == "sequence":
-            moved = [self.move(item, device, keep) for item in value]
-            if all(new is old for new, old in zip(moved, value, strict=True)):
-                return value
-            return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+            moved = self._move_each(value, device, keep)
+            for new, old in zip(moved, value, strict=True):
+                if new is not old:
+                    return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+            return value
         if kind == "mapping":
             return _rebuilt(
                 value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()}
@@ -155,12 +156,24 @@ class Forward:
     def move_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, keep: frozenset[str] = frozenset()
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are."""
-        args = tuple([self.move(value, device, keep) for value in args])
+        """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are.
+
+        Every block of a stage comes here: what most inputs are is decided without a call.
+        """
         for key, value in kwargs.items():
-            if key not in keep:
+            kind = type(value)
+            if kind is Tensor:
+                if value.device != device and key not in keep:
+                    kwargs[key] = self._copy(value, device)
+            elif kind not in _PLAIN and key not in keep:
                 kwargs[key] = self.move(value, device, keep)
-        return args, kwargs
+        return tuple(self._move_each(args, device, keep)), kwargs
+
+    def _move_each(self, values: Iterable[Any], device: torch.device, keep: frozenset[str]) -> list[Any]:
+        return [
+            value if type(value) is Tensor and value.device == device else self.move(value, device, keep)
+            for value in values
+        ]
 
     def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
         """An output on `device`, but for what `keep` names in it.
@@ -191,10 +204,10 @@ class Forward:
         """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now."""
         source, copy = known.source, known.copy
         return (
-            known.source_stamp == self._stamp(source)
-            and known.copy_stamp == self._stamp(copy)
-            and (copy.requires_grad or not (source.requires_grad and torch.is_grad_enabled()))
-            and (not copy.is_inference() or torch.is_inference_mode_enabled())
+            known.source_stamp == (-1 - self._turns if source.is_inference() else source._version)
+            and known.copy_stamp == (-1 - self._turns if copy.is_inference() else copy._version)
+            and (not source.requires_grad or copy.requires_grad or not torch.is_grad_enabled())
+            and (known.copy_stamp >= 0 or torch.is_inference_mode_enabled())
         )
 
     def _count(self, tensor: Tensor, device: torch.device) -> None:
@@ -210,6 +223,10 @@ class Forward:
         nothing that runs on the others can have changed them meanwhile.
         """
         return -1 - self._turns if tensor.is_inference() else tensor._version
+
+
+# The types of inputs that hold no tensor, most of them.
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 @functools.lru_cache(maxsize=1024)
