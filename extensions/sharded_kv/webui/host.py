@@ -30,6 +30,7 @@ class Host:
         ours = logging.getLogger(str(__package__).rpartition(".")[0])
         ours.handlers[:] = self.logger.handlers
         ours.propagate = not self.logger.handlers
+        ours.setLevel(logging.WARNING)  # the root logger may be set to errors only
 
     @classmethod
     def find(cls) -> Host:

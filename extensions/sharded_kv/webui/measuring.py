@@ -87,9 +87,7 @@ class Measuring:
         @contextlib.contextmanager
         def turn() -> Iterator[None]:
             self._set(phase="waiting")
-            with _held(host.generation_lock, goes_on):
-                while sharding.meter.snapshot().generating and goes_on():  # not every reply takes the lock
-                    time.sleep(_WAIT_SECONDS)
+            with self._turn(host.generation_lock, sharding, goes_on):
                 self._set(phase="running")
                 try:
                     yield
@@ -102,24 +100,25 @@ class Measuring:
             model, sharding, inputs, turn=turn, goes_on=goes_on, progress=lambda done, of: self._set(done=done, of=of)
         )
 
+    @staticmethod
+    @contextlib.contextmanager
+    def _turn(lock: Any, sharding: Sharding, goes_on: Callable[[], bool]) -> Iterator[None]:
+        """Hold `lock`, if there is one, while nobody else replies: not every reply takes it.
+
+        Raises:
+            measure.Cancelled: `goes_on` said no while we waited.
+        """
+        lock = lock or threading.Lock()
+        while goes_on():
+            if lock.acquire(timeout=_WAIT_SECONDS):
+                try:
+                    if not sharding.meter.snapshot().generating:
+                        yield
+                        return
+                finally:
+                    lock.release()
+            time.sleep(_WAIT_SECONDS)
+        raise measure.Cancelled
+
     def _set(self, **changes: Any) -> None:
         self._state = dataclasses.replace(self._state, **changes)
-
-
-@contextlib.contextmanager
-def _held(lock: Any, goes_on: Callable[[], bool]) -> Iterator[None]:
-    """Hold `lock`, if there is one, once it is free; give up waiting when `goes_on` says no.
-
-    Raises:
-        measure.Cancelled: it said no.
-    """
-    if lock is None:
-        yield
-        return
-    while not lock.acquire(timeout=_WAIT_SECONDS):
-        if not goes_on():
-            raise measure.Cancelled
-    try:
-        yield
-    finally:
-        lock.release()
