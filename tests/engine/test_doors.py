@@ -12,7 +12,7 @@ ENGINE = ROOT / "extensions" / "sharded_kv" / "engine"
 
 
 def test_importing_the_engine_imports_no_webui_no_gradio_and_no_tools() -> None:
-    script = "import sys, extensions.sharded_kv; print(*sys.modules)"
+    script = "import sys; from extensions.sharded_kv import shard; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "extensions.sharded_kv.engine.sharding" in loaded
@@ -22,6 +22,12 @@ def test_importing_the_engine_imports_no_webui_no_gradio_and_no_tools() -> None:
         if name.split(".")[0] in ("gradio", "modules") or name.startswith("extensions.sharded_kv.tools")
     ]
     assert strangers == []
+
+
+def test_importing_the_package_alone_imports_no_torch() -> None:
+    script = "import sys, extensions.sharded_kv; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.split()
 
 
 def test_no_file_of_the_engine_reaches_outside_it() -> None:
