@@ -91,6 +91,26 @@ def test_bytes_and_copies_per_token_are_those_that_crossed(
     assert snapshot.bytes_per_token == pytest.approx((total(long.bytes) - total(short.bytes)) / 8, rel=0.05)
 
 
+def test_a_reply_that_is_switched_off_in_its_midst_keeps_the_last_first_token_with_it_off(
+    model: Any, places: list[str]
+) -> None:
+    sharding = shard(model)
+    sharding.disable()
+    reply(model, places[0])
+    first = sharding.meter.snapshot().unsharded.first_token_seconds
+    sharding.enable()
+    steps = iter(range(100))
+
+    def switch(input_ids: Any, scores: Any, **_: Any) -> bool:
+        if next(steps) == 4:
+            sharding.disable()
+        return False
+
+    reply(model, places[0], stopping_criteria=StoppingCriteriaList([switch]))
+    assert sharding.meter.snapshot().unsharded.tokens < 9
+    assert sharding.meter.snapshot().unsharded.first_token_seconds == first
+
+
 def test_with_sharding_off_one_decode_step_of_the_reply_is_counted(
     devices: support.Devices, model: Any, places: list[str]
 ) -> None:

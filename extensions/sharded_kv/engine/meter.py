@@ -257,7 +257,9 @@ class Meter:
         with self._lock:
             recorder = self._recorders.get(step.sharded)
             if recorder is None or recorder.reply.started < reply.started:
-                recorder = self._recorders[step.sharded] = _Recorder(reply)
+                # A reply that was switched in its midst has no first token with the new setting: the last one stays.
+                first = None if recorder is None or step.tokens == 0 else recorder.first
+                recorder = self._recorders[step.sharded] = _Recorder(reply, first)
             if recorder.reply is reply:  # of two replies at once, the figures are those of the later
                 recorder.add(step)
                 self._latest = step.sharded
@@ -406,16 +408,16 @@ class _Reply:
 class _Recorder:
     """The recent steps of one reply, with sharding on or off."""
 
-    def __init__(self, reply: _Reply) -> None:
+    def __init__(self, reply: _Reply, first: float | None) -> None:
         self.reply = reply
-        self._first: float | None = None
+        self.first = first
         self._seconds: collections.deque[float] = collections.deque(maxlen=_RECENT_TOKENS)
         self._crossed: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=_RECENT_TOKENS)
         self._tokens = 0
 
     def add(self, step: _Step) -> None:
         if step.tokens == 0:
-            self._first = step.seconds
+            self.first = step.seconds
             return
         self._tokens += step.tokens
         if step.seconds is not None:
@@ -427,7 +429,7 @@ class _Recorder:
         size, copies, tokens = map(sum, zip(*self._crossed, strict=True)) if self._crossed else (0, 0, 0)
         return Figures(
             seconds_per_token=statistics.median(self._seconds) if self._seconds else None,
-            first_token_seconds=self._first,
+            first_token_seconds=self.first,
             bytes_per_token=size / tokens if tokens else None,
             copies_per_token=copies / tokens if tokens else None,
             tokens=self._tokens,
