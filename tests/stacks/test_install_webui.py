@@ -641,7 +641,8 @@ def test_uninstall_leaves_what_somebody_else_needs_by_now(v4, venv, wheels):
 
 def test_a_failing_pip_is_a_warning_with_the_command_for_later(v4, venv):
     output = said(v4)
-    assert f"{venv}/bin/python -m pip install -r {EXTENSION}/requirements.txt" in output
+    requirements = str(EXTENSION / "requirements.txt").replace(" ", "\\ ")  # as a shell takes it
+    assert f"{venv}/bin/python -m pip install -r {requirements}" in output
 
 
 @pytest.mark.parametrize("place", ["installer_files/env", "venv", ".venv", "../active"])
