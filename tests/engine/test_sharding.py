@@ -544,3 +544,16 @@ def test_an_error_of_the_model_or_of_memory_leaves_sharding_on(model: Any, place
         tokens(model, places[0])
     assert sharding.enabled
     assert sharding.failure == ""
+
+
+def test_a_wrapper_that_dies_leaves_nothing_of_ours_on_what_it_wrapped(model: Any) -> None:
+    before = attributes(model)
+    wrapper = Wrapper(model)
+    shard(wrapper)
+    del wrapper
+    gc.collect()
+    assert is_as_before(model, before)
+    sharding = shard(model)
+    assert sharding.enabled
+    sharding.detach()
+    assert is_as_before(model, before)

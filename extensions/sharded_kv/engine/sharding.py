@@ -84,6 +84,8 @@ class Sharding:
         self.failure = ""
         if isinstance(model, nn.Module):
             self._model = weakref.ref(model)
+            # A wrapper may die before what it wraps (a LoRA that is taken off), on whose modules our forwards are.
+            weakref.finalize(model, self.detach).atexit = False
             self.placement = read_placement(model)
         else:
             kind = type(model).__name__
