@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,9 @@ def devices(request: pytest.FixtureRequest) -> support.Devices:
 
 
 def pytest_sessionstart() -> None:
+    # A shell has what it starts in the background ignore Ctrl-C, which some tests press.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # What was imported stays: the collections below need not look through it (0.2 s less for each test).
     gc.freeze()
 
