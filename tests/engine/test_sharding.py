@@ -240,7 +240,6 @@ def inactive(model: Any) -> Sharding:
     sharding = shard(model)
     assert not sharding.active
     assert not sharding.enabled
-    assert sharding.placement.stages == ()
     sharding.enable()
     sharding.disable()
     sharding.detach()
@@ -261,6 +260,13 @@ def test_a_hooked_model_on_one_device_is_left_alone(places: list[str]) -> None:
     assert not sharding.active
     assert not sharding.enabled
     assert "one device" in sharding.reason
+
+
+def test_a_detached_sharding_says_so(model: Any) -> None:
+    sharding = shard(model)
+    sharding.detach()
+    assert not sharding.active
+    assert "detached" in sharding.reason
 
 
 def test_a_model_on_meta_is_not_loaded_yet() -> None:

@@ -160,9 +160,12 @@ class Snapshot:
 class Meter:
     """Measures the replies of one model. Holds the model weakly."""
 
-    def __init__(self, counter: TrafficCounter, is_sharded: Callable[[], bool]) -> None:
+    def __init__(
+        self, counter: TrafficCounter, is_sharded: Callable[[], bool], end_reply: Callable[[], None] = lambda: None
+    ) -> None:
         self._counter = counter
         self._is_sharded = is_sharded
+        self._end_reply = end_reply
         self._lock = threading.Lock()
         self._lane = _Lane()
         self._model: weakref.ref[nn.Module] | None = None
@@ -202,7 +205,7 @@ class Meter:
         self._model = weakref.ref(model)
         swaps = []
         for module in (model.get_submodule(scope.name) for scope in placement.scopes):
-            if _takes_stopping_criteria(type(module)):
+            if writes_replies(type(module)):
                 original: Any = module.generate
                 swaps.append(Swap(module, "generate", installed(self._run_reply, original, like=original)))
             self._hooks.append(module.register_forward_pre_hook(_BeforeForward(self), with_kwargs=True))
@@ -233,6 +236,7 @@ class Meter:
             return generate(*args, **kwargs)
         finally:
             self._lane.reply = None
+            self._end_reply()
             reply.end()
             self._look_at_memory(self._memory.end)
             with self._lock:
@@ -475,7 +479,7 @@ class _MemoryMarks:
             self.peak[device] = marks.peak if rose else max(self.peak.get(device, 0), marks.now)
 
 
-def _takes_stopping_criteria(of: type) -> bool:
+def writes_replies(of: type) -> bool:
     """Whether modules of this type have a `generate` of transformers' kind, and not one of their own."""
     generate = getattr(of, "generate", None)
     if not callable(generate) or "transformers" not in sys.modules:

@@ -74,6 +74,7 @@ class Placement:
             and all of a submodel on one device but the insides of its layers. They align their inputs too.
         reason: one sentence on why there is nothing to shard; "" if there is.
         hooks_are_stale: weights are not where the hooks send the inputs, as after ``model.to()``: only we can run it.
+        is_alone: all of it is on one GPU. There is nothing to shard, but `scopes` are what may run as graphs.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -82,6 +83,7 @@ class Placement:
     doors: tuple[Block, ...] = ()
     reason: str = ""
     hooks_are_stale: bool = False
+    is_alone: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -169,12 +171,16 @@ class _Reader:
         self._gather(self.model)
         self._walk(self.model, "")
         self._settle_returns()
+        reason, alone = self._reason(), self._alone_on()
+        if alone is not None:
+            block = Block("", alone, weight=self.facts[self.model].weight)
+            return Placement((Stage(alone, (block,)),), self._repliers(), reason=reason, is_alone=True)
         return Placement(
             stages=self._stages(),
             scopes=self._scopes_that_return(),
             bare=tuple(self.bare),
             doors=tuple(self.doors),
-            reason=self._reason(),
+            reason=reason,
             hooks_are_stale=self.facts[self.model].stale,
         )
 
@@ -213,7 +219,7 @@ class _Reader:
         position = len(self.scopes)
         found = False
         for child_name, child in module.named_children():
-            found |= self._walk(child, _join(name, child_name))
+            found |= self._walk(child, join(name, child_name))
         if found and is_called and (not hasattr(module, "_hf_hook") or is_plainly_hooked(module)):
             self.scopes.insert(position, _scope(module, name))
         return found
@@ -231,7 +237,7 @@ class _Reader:
             self.seen.add(inner)
             if keeps or not is_plainly_hooked(inner):
                 continue
-            full_name = _join(name, inner_name)
+            full_name = join(name, inner_name)
             list_above = self._outermost_list(full_name)
             inside_a_layer = bool(list_above) and full_name.count(".") > list_above.count(".") + 1
             if isinstance(inner, nn.Embedding) or (_is_called(inner) and not inside_a_layer):
@@ -300,6 +306,23 @@ class _Reader:
         """
         blocks_return = any(block.io_same_device for block in self.modules)
         return tuple(dataclasses.replace(scope, returns=scope.returns or blocks_return) for scope in self.scopes)
+
+    def _alone_on(self) -> torch.device | None:
+        """The one GPU that all of a model is on that writes replies; else None."""
+        facts = self.facts[self.model]
+        device = facts.device
+        if device is None or facts.meta or facts.offload or facts.stale or not facts.weights:
+            return None
+        return device if hasattr(getattr(torch, device.type), "set_device") and self._repliers() else None
+
+    def _repliers(self) -> tuple[Scope, ...]:
+        """The modules that have a `generate` of their own, as scopes that move nothing."""
+        named = self.model.named_modules()
+        return tuple(
+            dataclasses.replace(_scope(module, name), device=None, returns=False)
+            for name, module in named
+            if callable(getattr(type(module), "generate", None))
+        )
 
     def _reason(self) -> str:
         facts = self.facts[self.model]
@@ -377,7 +400,8 @@ def _device(device: int | str | torch.device) -> torch.device:
     return device
 
 
-def _join(prefix: str, name: str) -> str:
+def join(prefix: str, name: str) -> str:
+    """The qualified name of a submodule or parameter `name` of the module `prefix`."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from . import stacks
-from .meter import Meter
-from .placement import CACHE_NAME, Block, Placement, Scope, read_placement
+from .graphs import Graphs
+from .meter import Meter, writes_replies
+from .placement import CACHE_NAME, Block, Placement, Scope, join, read_placement
 from .swaps import Installation, Installed, Swap, installed
 from .transfers import Forward, TrafficCounter, first_device
 
 logger = logging.getLogger(__name__)
 
-MODES = ("eager",)
+MODES = ("eager", "graph")
 
 # What is certainly no model: a caller's mistake, not a model that we cannot help.
 _NO_MODELS = (type(None), str, bytes, bool, int, float, complex, list, tuple, dict, set, frozenset, type)
@@ -79,8 +80,10 @@ class Sharding:
         self._forwards: _Forwards | None = None
         self._tuple_caches = Installation()
         self._is_detached = False
+        self._mode = "eager"
+        self._is_wanted = False
         self._model: weakref.ref[nn.Module] | None = None
-        self.meter = Meter(self._counter, lambda: self.enabled)
+        self.meter = Meter(self._counter, lambda: self.enabled, self._runtime.end_reply)
         self.failure = ""
         if isinstance(model, nn.Module):
             self._model = weakref.ref(model)
@@ -99,15 +102,17 @@ class Sharding:
 
     @property
     def active(self) -> bool:
-        """Whether there is something to shard."""
+        """Whether there is something to do for the model: to shard or, in graph mode, to capture."""
         return not self.reason
 
     @property
     def reason(self) -> str:
-        """One sentence on why there is nothing to shard; "" if there is."""
+        """One sentence on why there is nothing to do for the model; "" if there is."""
         if self._model is not None and self._model() is None:
             return "The model was unloaded."
-        return self.placement.reason
+        if self.placement.reason and not (self.placement.is_alone and self._mode == "graph"):
+            return self.placement.reason
+        return "It was detached: shard() makes a new Sharding." if self._is_detached else ""
 
     @property
     def enabled(self) -> bool:
@@ -117,13 +122,30 @@ class Sharding:
 
     @property
     def mode(self) -> str:
-        """How the model runs while enabled: "eager"."""
-        return "eager"
+        """How the model runs while enabled.
+
+        "eager": block by block. "graph": decode steps as CUDA graphs, where that is possible; see `reason_for_eager`.
+        May be set at any time, also while a reply is written.
+        """
+        return self._mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"There is no mode {mode!r}: choose one of {', '.join(MODES)}.")
+        with _lock:
+            if self.placement.is_alone and mode != self._mode:  # by blocks there is nothing to do for it
+                self._restore()
+            self._mode = mode
+            if self._is_wanted:
+                self.enable()
+            self._set_graphs()
+
+    @property
+    def reason_for_eager(self) -> str:
+        """In graph mode: one sentence on why the latest decode step ran without graphs; "" if it ran with them."""
+        graphs = self._runtime.graphs
+        return "" if graphs is None else graphs.reason
 
     def enable(self) -> None:
         """Have the model run by our forwards. Takes effect between two blocks, also while a reply is written.
@@ -132,6 +154,7 @@ class Sharding:
         inactive Sharding or a detached one.
         """
         with _lock:
+            self._is_wanted = True
             if self.enabled or self._is_detached:
                 return
             model = None if self._model is None else self._model()
@@ -145,16 +168,19 @@ class Sharding:
             if self.placement.blocks and (self.active or self.placement.hooks_are_stale):
                 self._forwards = self._runtime.forwards = _Forwards(model, self.placement, self._runtime)
                 self._attach(model)
+                self._set_graphs()
 
     def disable(self) -> None:
         """Give the model back accelerate's own hooks: the same objects, and the same traffic to the byte."""
         with _lock:
+            self._is_wanted = False
             self._restore()
 
     def detach(self) -> None:
         """Off for good: the model has no attribute of ours any more. `shard()` would make a new Sharding."""
         with _lock:
             self._is_detached = True
+            self._is_wanted = False
             self._restore()
             self.meter.detach()
             self._tuple_caches.restore()
@@ -174,10 +200,24 @@ class Sharding:
         forwards, self._forwards, self._runtime.forwards = self._forwards, None, None
         if forwards is not None:
             forwards.restore()
+        self._set_graphs()
+
+    def _set_graphs(self) -> None:
+        """Have graphs while enabled in graph mode, and none else."""
+        graphs, wanted = self._runtime.graphs, self._mode == "graph" and self._forwards is not None
+        if wanted == (graphs is not None):
+            return
+        self._runtime.graphs = None
+        if graphs is not None:
+            graphs.close()
+        model = None if self._model is None else self._model()
+        if wanted and model is not None:
+            self._runtime.graphs = _graphs(model, self.placement, self._counter)
 
     def _step_aside(self, error: Exception) -> None:
         """Leave the model to accelerate after an error that may be our doing, so that no other reply is lost."""
         with _lock:
+            self._is_wanted = False
             self._restore()
             self.failure = f"Switched off after an error in our part of a forward: {type(error).__name__}: {error}"
             logger.error("%s", self.failure, exc_info=error)
@@ -188,6 +228,15 @@ class Sharding:
             if self._forwards is stale:
                 self.enable()
                 logger.warning("The model was moved or dispatched again. %s", self.reason or self.placement.describe())
+
+
+def _graphs(model: nn.Module, placement: Placement, counter: TrafficCounter) -> Graphs | None:
+    """Graphs for what of `model` writes replies; None if nothing does."""
+    for scope in placement.scopes:
+        module = model.get_submodule(scope.name)
+        if writes_replies(type(module)):
+            return Graphs(module, scope.name, placement, counter)
+    return None
 
 
 def _take_over(model: nn.Module, sharding: Sharding) -> None:
@@ -215,6 +264,7 @@ class _Runtime:
         self.lane = _Lane()
         self.sharding = weakref.ref(sharding)
         self.forwards: _Forwards | None = None
+        self.graphs: Graphs | None = None
 
     def run_block(self, block: Block, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run one block on its device."""
@@ -236,8 +286,30 @@ class _Runtime:
         forwards = self.forwards
         if forwards is not None and not forwards.hold:
             return forwards.renewed(scope)(*args, **kwargs)
+        graphs = self.graphs
+        if graphs is None or graphs.scope != scope.name:
+            return self.run_model(scope, forward, args, kwargs)
+        return graphs.step(
+            args,
+            kwargs,
+            eager=lambda: self.run_model(scope, forward, args, kwargs),
+            run=lambda named, counter: self.run_trial(scope, forward, named, counter),
+        )
+
+    def run_model(self, scope: Scope, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a scope that nobody of ours has called."""
         with self.new_forward(scope) as current:
             return self.run_scope_within(current, scope, forward, args, kwargs)
+
+    def run_trial(self, scope: Scope, forward: Callable[..., Any], kwargs: Any, counter: TrafficCounter) -> Any:
+        """The same for a step that may turn out to be none for graphs: its errors are for them to judge."""
+        with self.open_forward(Forward(scope, counter)) as current:
+            return self.run_scope_within(current, scope, forward, (), kwargs)
+
+    def end_reply(self) -> None:
+        """A reply of this thread is over."""
+        if self.graphs is not None:
+            self.graphs.end_reply()
 
     @staticmethod
     def run_block_within(
@@ -271,15 +343,21 @@ class _Runtime:
     @contextlib.contextmanager
     def new_forward(self, owner: Block | Scope) -> Iterator[Forward]:
         """A memo of its own in this thread, of which nothing is left behind."""
-        outer = self.lane.forward
-        current = self.lane.forward = Forward(owner, self.counter)
         try:
-            yield current
+            with self.open_forward(Forward(owner, self.counter)) as current:
+                yield current
         except Exception as error:
             sharding = self.sharding()
             if sharding is not None and _may_be_ours(error):
                 sharding._step_aside(error)
             raise
+
+    @contextlib.contextmanager
+    def open_forward(self, current: Forward) -> Iterator[Forward]:
+        """`current` is the one that runs in this thread."""
+        outer, self.lane.forward = self.lane.forward, current
+        try:
+            yield current
         finally:
             self.lane.forward = outer
             current.close()
@@ -336,12 +414,12 @@ class _Forwards(Installation):
         self._anchors = []
         for stage in placement.stages:
             block = stage.blocks[0]
-            module = model.get_submodule(block.name)
-            holder, _, weight = (block.weight or "").rpartition(".")
+            swap = swaps[0] if placement.is_alone else by_owner[model.get_submodule(block.name)]
+            holder, _, weight = join(block.name, block.weight or "").rpartition(".")
             self._anchors.append(
                 _Anchor(
-                    swap=weakref.ref(by_owner[module]),
-                    holder=weakref.ref(module.get_submodule(holder)) if block.weight else None,
+                    swap=weakref.ref(swap),
+                    holder=weakref.ref(model.get_submodule(holder)) if block.weight else None,
                     weight=weight,
                     block=block,
                 )
@@ -366,7 +444,7 @@ class _Forwards(Installation):
 
 
 def _forward_swaps(modules: dict[str, nn.Module], placement: Placement, runtime: _Runtime) -> Iterator[Swap]:
-    for block in (*placement.blocks, *placement.doors):
+    for block in () if placement.is_alone else (*placement.blocks, *placement.doors):
         module = modules[block.name]
         inner = module.forward if block.keeps_hooks else module._old_forward
         yield Swap(module, "forward", installed(runtime.run_block, block, inner, like=module.forward))

@@ -229,6 +229,15 @@ class Forward:
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
 
+def is_plain(value: Any) -> bool:
+    """Whether `value` is a Python value without a tensor or another object in it."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return type(value) in _PLAIN or isinstance(value, (torch.dtype, torch.device))
+
+
 @functools.lru_cache(maxsize=1024)
 def _kind(of: type) -> Literal["tensor", "sequence", "self-moving", "mapping", "inert"]:
     """How values of a type move. Asked for every input of every block, so it is found out once for each type."""

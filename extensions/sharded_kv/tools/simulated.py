@@ -26,7 +26,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from . import simulated_autocast
+from . import simulated_autocast, simulated_graphs
 
 aten = torch.ops.aten
 
@@ -815,6 +815,7 @@ _PLAIN = frozenset(
 )
 
 
+@simulated_graphs.captured
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an operator that has at least one simulated tensor among its operands."""
     op = _ops.get(func)
@@ -1099,6 +1100,7 @@ _FACTORIES = (
 )
 
 
+@simulated_graphs.captured
 def _factory(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an operator without tensors among its operands: it makes a new one."""
     op = _describe(func)
@@ -1144,6 +1146,17 @@ class _Module:
     """``torch.sim``, the module that generic code gets from ``torch.get_device_module``."""
 
     device = _Device
+    CUDAGraph = simulated_graphs.CUDAGraph
+    Stream = simulated_graphs.Stream
+
+    def stream(self, stream: simulated_graphs.Stream) -> simulated_graphs.CurrentStream:
+        return simulated_graphs.CurrentStream(stream, _Device)
+
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    def is_current_stream_capturing(self) -> bool:
+        return simulated_graphs.is_capturing()
 
     def is_available(self) -> bool:
         return True

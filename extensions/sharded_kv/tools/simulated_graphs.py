@@ -1,0 +1,168 @@
+"""CUDA graphs of simulated devices: a capture notes operators, a replay runs them again on the same memory.
+
+What a real capture would refuse is refused: the default stream, reading a value back, an operator on another device. A
+captured operator has not run: what it would have computed reads as NaN until the first replay.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten._copy_from)
+
+
+class Stream:
+    """A stream of one device. Simulated devices run everything at once, so it only says that it is not the default."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
+class CurrentStream:
+    """``torch.sim.stream(s)``: makes a stream and its device the current ones inside ``with``."""
+
+    def __init__(self, stream: Stream, device: Callable[[torch.device], Any]) -> None:
+        self._stream = stream
+        self._device = device(stream.device)
+        self._before: Stream | None = None
+
+    def __enter__(self) -> None:
+        self._before = _thread.stream
+        self._device.__enter__()
+        _thread.stream = self._stream
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.stream = self._before
+        self._device.__exit__(*error)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operator of a graph, with its operands and what it returned when it was captured."""
+
+    run: Callable[..., Any]
+    func: Any
+    args: Any
+    kwargs: dict[str, Any]
+    result: Any
+
+
+class CUDAGraph:
+    """As torch.cuda.CUDAGraph. Every tensor of a capture lives as long as it: there is no pool that reuses memory."""
+
+    def __init__(self) -> None:
+        self._steps: list[_Step] = []
+        self._device: torch.device | None = None
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        """From now on this thread's operators are captured."""
+        if _thread.graph is not None:
+            raise RuntimeError("This thread captures a graph already.")
+        if _thread.stream is None:
+            raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
+        self._device = _thread.stream.device
+        _thread.graph = self
+
+    def capture_end(self) -> None:
+        """The capture is complete."""
+        if _thread.graph is not self:
+            raise RuntimeError("This graph is not being captured.")
+        _thread.graph = None
+        for step in self._steps:
+            known = {_memory(tensor) for tensor in _simulated((step.args, step.kwargs))}
+            for tensor in _simulated(step.result):
+                if tensor.raw.is_floating_point() and _memory(tensor) not in known:
+                    tensor.raw.fill_(float("nan"))
+
+    def replay(self) -> None:
+        """Run all that was captured again, on the same memory."""
+        for step in self._steps:
+            result = step.run(step.func, step.args, dict(step.kwargs))
+            for old, new in zip(_simulated(step.result), _simulated(result), strict=True):
+                if _memory(old) != _memory(new):
+                    old.raw.copy_(new.raw)
+
+    def reset(self) -> None:
+        """Forget what was captured."""
+        self._steps = []
+
+    def capture(self, run: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Note one operator.
+
+        Raises:
+            RuntimeError: a real capture would not take it in.
+        """
+        kept = dict(kwargs)  # the backend rewrites a factory's device in place
+        _thread.graph = None  # what the operator consists of belongs to it
+        try:
+            result = run(func, args, kwargs)
+        finally:
+            _thread.graph = self
+        known = {_memory(tensor) for tensor in _simulated((args, kept))}
+        results = _simulated(result)
+        if results and not _writes(func) and all(_memory(tensor) in known for tensor in results):
+            return result  # a view, which launches nothing
+        places = {tensor.device for tensor in _simulated((args, kept, result))}
+        if places - {self._device}:
+            raise RuntimeError(f"{func} on {places} while a graph of {self._device} is captured")
+        reads = any(isinstance(item, (bool, int, float)) or _is_on_host(item) for item in _leaves(result))
+        if reads or (func.overloadpacket in _COPIES and any(_is_on_host(item) for item in _leaves(args))):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func} to or from the host")
+        self._steps.append(_Step(run, func, args, kept, result))
+        return result
+
+
+class _Thread(threading.local):
+    """Streams and captures are a thread's own."""
+
+    stream: Stream | None = None
+    graph: CUDAGraph | None = None
+
+
+_thread = _Thread()
+
+
+def captured(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(func, args, kwargs)`, the way an operator runs, such that a capture that is under way notes it."""
+
+    def noted(func: Any, args: Any, kwargs: Any) -> Any:
+        graph = _thread.graph
+        return run(func, args, kwargs) if graph is None else graph.capture(run, func, args, kwargs)
+
+    return noted
+
+
+def is_capturing() -> bool:
+    """Whether this thread captures a graph."""
+    return _thread.graph is not None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _simulated(value: Any) -> list[Any]:
+    return [item for item in _leaves(value) if hasattr(item, "raw")]
+
+
+def _memory(tensor: Any) -> int:
+    return int(tensor.raw.untyped_storage().data_ptr())
+
+
+def _writes(func: Any) -> bool:
+    return any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
+
+
+def _is_on_host(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.is_cpu
