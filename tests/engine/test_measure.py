@@ -105,3 +105,12 @@ def test_it_can_be_cancelled_between_any_two_tokens(run: Any, sharding: Sharding
     with pytest.raises(measure.Cancelled):
         run(goes_on=lambda: next(left, None) is not None)
     assert sharding.enabled
+
+
+def test_where_replies_are_slow_all_are_cut_to_the_length_of_the_first(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_LONGEST_SECONDS", 0.0)
+    comparison = run()
+    assert len(comparison.off.reply) == measure._FEWEST_TOKENS < TOKENS
+    assert comparison.off.reply == comparison.on.reply

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -20,7 +21,8 @@ from .sharding import Sharding
 # Each setting replies once to be counted, which also warms it up, and this often to be timed.
 ROUNDS = 5
 TOKENS = 32
-# A reply is cut off after this time once it has a few tokens: on the stack of 2023 a token could take four seconds.
+# The first reply is cut off after this time once it has a few tokens (on the stack of 2023 a token could take four
+# seconds), and the others are as long as it.
 _LONGEST_SECONDS = 6.0
 _FEWEST_TOKENS = 4
 
@@ -83,7 +85,7 @@ def measure(
         model: a spread model.
         sharding: its Sharding, active. Between replies, and afterwards, it is as it was.
         inputs: a tokenizer's output for one prompt, on the model's main device.
-        tokens: how many new tokens a reply has at most.
+        tokens: how many new tokens a reply has at most; all have the same number, fewer where the first is slow.
         turn: entered for each reply, to wait until nobody else replies.
         goes_on: asked after each token; False cancels.
         progress: told after each reply how many of how many are done.
@@ -93,6 +95,7 @@ def measure(
     """
     counted: dict[bool, tuple[Observer, list[int]]] = {}
     timed: dict[bool, list[tuple[float | None, float | None]]] = {False: [], True: []}
+    longest = _LONGEST_SECONDS
     of = 2 * (ROUNDS + 1)
     for done in range(of):
         on = done % 2 == 1
@@ -101,9 +104,10 @@ def measure(
                 raise Cancelled
             if on not in counted:
                 with Observer(sharding.placement.devices) as observer:
-                    counted[on] = observer, _reply(model, inputs, tokens, goes_on)
+                    counted[on] = observer, _reply(model, inputs, tokens, longest, goes_on)
+                tokens, longest = len(counted[on][1]), math.inf
             else:
-                _reply(model, inputs, tokens, goes_on)
+                _reply(model, inputs, tokens, longest, goes_on)
                 current = sharding.meter.snapshot().current
                 timed[on].append((current.seconds_per_token, current.first_token_seconds))
         progress(done + 1, of)
@@ -136,7 +140,7 @@ def _switched(sharding: Sharding, on: bool) -> Any:
         sharding.enable() if before else sharding.disable()
 
 
-def _reply(model: Any, inputs: Any, tokens: int, goes_on: Callable[[], bool]) -> list[int]:
+def _reply(model: Any, inputs: Any, tokens: int, longest: float, goes_on: Callable[[], bool]) -> list[int]:
     began = time.monotonic()
     cancelled = False
     asked = 0
@@ -145,7 +149,7 @@ def _reply(model: Any, inputs: Any, tokens: int, goes_on: Callable[[], bool]) ->
         nonlocal cancelled, asked
         asked += 1
         cancelled = not goes_on()
-        return cancelled or (asked >= _FEWEST_TOKENS and time.monotonic() - began > _LONGEST_SECONDS)
+        return cancelled or (asked >= _FEWEST_TOKENS and time.monotonic() - began > longest)
 
     with torch.no_grad():
         out = model.generate(

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -54,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if remark:
         print(f"\n{remark}")
     equal = comparison.off.reply == comparison.on.reply
-    print(
-        "\nEqual tokens." if equal else "\nThe tokens DIFFER: please report this with the versions above.", flush=True
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     )
+    print("\nEqual tokens." if equal else f"\nThe tokens DIFFER: please report this ({versions}).", flush=True)
     if options.page:
         from . import page  # Gradio takes seconds to import, and may be missing where nobody wants a page
 
@@ -118,8 +122,8 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def _devices(asked: str | None) -> list[str]:
-    kind, _, count = (asked or ("cuda:2" if torch.cuda.device_count() >= 2 else "sim:2")).partition(":")
+def _devices(asked: str) -> list[str]:
+    kind, _, count = asked.partition(":")
     if kind == "sim":
         simulated.start(int(count))
         for index in range(int(count)):
@@ -131,15 +135,40 @@ def _devices(asked: str | None) -> list[str]:
     return [f"{kind}:{index}" for index in range(int(count))]
 
 
+def _several_devices(text: str) -> str:
+    if not re.fullmatch(r"(cuda|sim):([2-9]|1[0-6])", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cuda:N nor sim:N with N from 2 to 16")
+    return text
+
+
+def _between(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} to {most}")
+        return int(text)
+
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./install.sh --demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a reply (default: %(default)s)")
+    summary = " ".join((__doc__ or "").split("\n\n", 1)[0].split())
+    parser = argparse.ArgumentParser(prog="./install.sh --demo", description=summary)
+    tokens, port = _between(2, models.MAX_POSITIONS // 2), _between(1, 65535)
+    parser.add_argument("--tokens", type=tokens, default=32, help="new tokens of a reply (default: %(default)s)")
     parser.add_argument("--family", choices=("llama", "gptj"), default="llama", help="default: %(default)s")
-    parser.add_argument("--devices", help="cuda:N or sim:N (default: the GPUs if there are two, else sim:2)")
-    parser.add_argument("--port", type=int, default=PORT, help="of the page with the panel (default: %(default)s)")
+    parser.add_argument(
+        "--devices",
+        type=_several_devices,
+        default="cuda:2" if torch.cuda.device_count() >= 2 else "sim:2",
+        help="cuda:N or sim:N (default: the GPUs if there are two, else sim:2)",
+    )
+    parser.add_argument("--port", type=port, default=PORT, help="of the page with the panel (default: %(default)s)")
     parser.add_argument("--no-page", dest="page", action="store_false", help="print the table and end")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
