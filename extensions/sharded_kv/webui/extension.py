@@ -15,6 +15,8 @@ from .state import PanelState
 from .watch import watch
 
 _HELP = "To use several GPUs, load a model with the Transformers loader and give it memory on each (Model tab)."
+_GRAPHS = "Graph mode makes it faster all the same."
+_ACCELERATE = "accelerate runs the model with its own hooks"
 
 
 class Extension:
@@ -138,10 +140,12 @@ class Extension:
         if sharding.failure:
             return "failed", f"{sharding.failure} Tick the box to try again; the log has the details."
         if not sharding.active:
-            return "idle", f"{sharding.reason} {_HELP}"
-        if sharding.enabled:
-            return "on", f"{NAME} runs the model ({sharding.mode} mode): {_split(sharding)}"
-        return "off", f"accelerate runs the model with its own hooks: {_split(sharding)}"
+            return "idle", f"{sharding.reason} {_GRAPHS if sharding.placement.is_alone else _HELP}"
+        if not sharding.enabled:
+            alone = sharding.placement.is_alone
+            return "off", f"{'The model runs as ever' if alone else _ACCELERATE}: {_split(sharding)}"
+        why = f" The latest token came without graphs. {sharding.reason_for_eager}" if sharding.reason_for_eager else ""
+        return "on", f"{NAME} runs the model ({sharding.mode} mode): {_split(sharding)}{why}"
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
@@ -196,6 +200,8 @@ class Extension:
 
 def _split(sharding: Sharding) -> str:
     """How the model is split, for people."""
+    if sharding.placement.is_alone:
+        return f"all of it on GPU {sharding.placement.devices[0].index}."
     counts: dict[str, int] = {}
     for stage in sharding.placement.stages:
         place = f"GPU {stage.device.index}" if stage.device.type != "cpu" else "the CPU"

@@ -35,7 +35,7 @@ def build(extension: Extension) -> None:
                 choices=list(MODES),
                 value=state.mode,
                 label="Mode",
-                info="How a model runs while sharding is on.",
+                info="eager: block by block. graph: tokens as CUDA graphs, which is faster and takes more memory.",
                 elem_id="sharded_kv-mode",
             )
         status = gr.HTML(view.status(state))

@@ -43,7 +43,7 @@ class PanelState:
 
     Attributes:
         activate: the checkbox, what the user asked for.
-        mode: "eager".
+        mode: "eager" or "graph".
         tone: whether the model runs by our forwards ("on"), could but does not ("off"), cannot ("idle"), or something
             of ours went wrong ("failed").
         sentence: what is on and how the model is split, or why nothing can be done and what would help.
