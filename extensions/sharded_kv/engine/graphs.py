@@ -7,12 +7,15 @@ rule a capture out (`tape.Watch`). Prefill, and whatever is no plain decode step
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
+import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -61,6 +64,11 @@ class _Call:
     plain: dict[str, Any]
 
     @property
+    def batch(self) -> int:
+        """How many sequences are written."""
+        return self.tensors["input_ids"].shape[0]
+
+    @functools.cached_property
     def look(self) -> Any:
         """What two steps have in common that share a graph."""
         tensors = ((name, tuple(t.shape), t.dtype) for name, t in sorted(self.tensors.items()))
@@ -93,6 +101,7 @@ class Graphs:
         self._is_closed = False
         self._hopeless = _reason_against(placement)
         self._refused: dict[Any, str] = {}
+        self._too_large: dict[int, int] = {}  # by batch size: so many tokens do not fit
         self._told: set[str] = set()
         self._held: _Held | None = None
 
@@ -219,35 +228,39 @@ class Graphs:
     # --- stepping -----------------------------------------------------------------------------------------------------
 
     def _step(self, call: _Call, run: Run) -> Any:
+        if call.look in self._refused:
+            raise StepAside(self._refused[call.look])
         held = self._held
         if held is not None and held.owner() is not None and held.owner() is not call.cache:
             raise StepAside("Another reply has the graphs, or this is the second pass of guidance.")
         if held is None or not held.has(call):
             held = self._make_room(call)
-        key = (call.look, held.buffers.capacity)
-        if key in self._refused:
-            held.dismiss()
-            raise StepAside(self._refused[key])
         try:
             return held.step(call, run, self._counter)
-        except CannotCapture as error:
-            self._refuse(key, str(error))
         except torch.cuda.OutOfMemoryError as error:
-            self._refuse(key, _no_room(error, held.buffers.capacity))
+            self._refuse_room(held.buffers.capacity, call, error)
+        except CannotCapture as error:
+            self._refuse(call, str(error))
         except Exception as error:
             logger.debug("A capture failed.", exc_info=error)
-            self._refuse(key, f"The step could not be captured: {type(error).__name__}: {error}")
+            self._refuse(call, f"The step could not be captured: {type(error).__name__}: {error}")
 
-    def _refuse(self, key: Any, reason: str) -> NoReturn:
-        """Never try this again.
+    def _refuse(self, call: _Call, reason: str) -> NoReturn:
+        """Never try steps of this look again."""
+        self._refused[call.look] = reason
+        self._give_up(reason)
 
-        Raises:
-            StepAside: always.
-        """
+    def _refuse_room(self, capacity: int, call: _Call, error: Exception) -> NoReturn:
+        """Never try to have so much room again, nor more."""
+        self._too_large[call.batch] = capacity
+        first = str(error).split(". ", 1)[0]
+        self._give_up(f"There is no room for a static cache of {capacity} tokens and its graphs ({first}).")
+
+    def _give_up(self, reason: str) -> NoReturn:
         self._free()
-        self._refused[key] = reason
-        self._told.add(reason)
-        logger.warning("Without graphs: %s", reason)
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.warning("Without graphs: %s", reason)
         raise StepAside(reason)
 
     def _make_room(self, call: _Call) -> _Held:
@@ -258,29 +271,34 @@ class Graphs:
         longest = caches.longest(call.cache)
         if longest is not None and needed > longest:
             raise StepAside(f"The reply is longer than the model's sliding window of {longest} tokens.")
-        look = fingerprint(model)
         held = self._held
+        if held is not None and held.has_lost(call.cache):
+            raise StepAside("The reply changes its cache between steps (beams, prompt lookup, assisted generation).")
+        look = fingerprint(model)
         if held is not None and held.suits(call, look):
             held.take(call.cache)
             return held
         if reason := _hooked(model):
             raise StepAside(reason)
+        capacity = _capacity(needed, longest)
+        if capacity >= self._too_large.get(call.batch, math.inf):
+            raise StepAside(f"There is no room for a static cache of {capacity} tokens and its graphs.")
         # Old buffers may hold this very cache, which takes its tensors along.
         self._free()
-        room = max(_LEAST_ROOM, int(call.length * _GROWTH))
-        capacity = -(-(needed + room) // _STEP) * _STEP
-        if longest is not None:
-            capacity = min(capacity, longest)
-        key = (capacity, *call.tensors["input_ids"].shape)
-        if key in self._refused:
-            raise StepAside(self._refused[key])
         try:
             buffers = caches.Buffers(call.cache, capacity)
         except torch.cuda.OutOfMemoryError as error:
-            self._refuse(key, _no_room(error, capacity))
+            self._refuse_room(capacity, call, error)
         self._held = _Held(buffers, self._devices, look)
         self._held.take(call.cache)
         return self._held
+
+
+def _capacity(needed: int, longest: int | None) -> int:
+    """For how many tokens there shall be room where `needed` must fit."""
+    room = max(_LEAST_ROOM, int(needed * _GROWTH))
+    capacity = -(-(needed + room) // _STEP) * _STEP
+    return capacity if longest is None else min(capacity, longest)
 
 
 class _Held:
@@ -296,6 +314,7 @@ class _Held:
         self.buffers = buffers
         self.owner: Callable[[], Any] = lambda: None
         self.thread = 0
+        self._losses = 0
         self._look = look
         self._pools = {device: vram.runtime(device).graph_pool_handle() for device in devices}
         self._steps: dict[Any, _Step] = {}
@@ -309,6 +328,12 @@ class _Held:
             and call.length < self.buffers.capacity
         )
 
+    def has_lost(self, cache: Any) -> bool:
+        """Whether a cache that was moved in has twice been given tensors of its own since: each move is a copy."""
+        if self.owner() is cache and not self.buffers.is_whole:
+            self._losses += 1
+        return self.owner() is cache and self._losses > 1
+
     def suits(self, call: _Call, look: int) -> bool:
         """Whether a cache could move in and the graphs still be right."""
         capacity = self.buffers.capacity
@@ -317,6 +342,8 @@ class _Held:
 
     def take(self, cache: Any) -> None:
         """Move a cache in."""
+        if self.owner() is not cache:
+            self._losses = 0
         self.owner, self.thread = weakref.ref(cache), threading.get_ident()
         self.buffers.take(cache)
 
@@ -399,14 +426,14 @@ class _Step:
 
     def _watch(self, call: _Call, run: Run, counter: TrafficCounter) -> Any:
         watch = Watch()
-        with watch, self._buffers.step():
+        with _plain_mode(), watch, self._buffers.step():
             output = run(self._arguments(call), counter)
         self._notes = watch.notes
         return output
 
     def _capture(self, call: _Call, run: Run) -> None:
         capture = Capture(self._pools)
-        with capture.recording(), self._buffers.step():
+        with _plain_mode(), capture.recording(), self._buffers.step():
             output = run(self._arguments(call), TrafficCounter())  # nothing crosses before the replay
         self._output = _template(output, call.cache)
         self._tape = capture.tape(list(tensors_in(self._output)))
@@ -417,6 +444,13 @@ class _Step:
     def _arguments(self, call: _Call) -> dict[str, Any]:
         mask = torch.where(self._mask[:, None, None, :] != 0, self._counted, self._masked)
         return {**call.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: call.cache}
+
+
+@contextlib.contextmanager
+def _plain_mode() -> Iterator[None]:
+    """No gradients, but not inference mode, where operators that consist of others are not taken apart."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -493,8 +527,3 @@ def _difference(before: list[Any], after: list[Any]) -> str:
         if old != new:
             return f"Its forward differs from step to step, from {new[0]} on: a graph would repeat one step's values."
     return f"Its forward ran {len(before)} operators in one step and {len(after)} in the next."
-
-
-def _no_room(error: torch.OutOfMemoryError, tokens: int) -> str:
-    first = str(error).split(". ", 1)[0]
-    return f"There is no room for a static cache and graphs for {tokens} tokens ({first})."

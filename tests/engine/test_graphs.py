@@ -1,0 +1,610 @@
+"""Graph mode: the same tokens as without, whatever happens to a reply; and eager, with a reason, where it must."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+
+from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine import graphs, tape
+from extensions.sharded_kv.tools import models, simulated
+from extensions.sharded_kv.tools.traffic import total
+from tests import support
+
+VERSION = Version(transformers.__version__)
+# Which of them keep their caches in DynamicCache objects and use no Python numbers that grow with the reply.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-gqa": {},
+    **(
+        {"gptj": {}, "gpt-neox": {}, "opt": {}, "qwen2": {}, "phi": {}, "mixtral": {}}
+        if Version("5") <= VERSION
+        else {}
+    ),
+    **({"mistral-sliding": {"sliding_window": 400}} if Version("5") <= VERSION else {}),
+}
+
+needs_graphs = pytest.mark.skipif(Version("4.44") > VERSION, reason="no graph mode with this transformers")
+
+
+@pytest.fixture
+def places(devices: support.Devices) -> list[str]:
+    return devices(2)
+
+
+@pytest.fixture
+def model(places: list[str]) -> Any:
+    return support.spread(models.build("llama"), places)
+
+
+@pytest.fixture
+def sharding(model: Any) -> Sharding:
+    sharding = shard(model)
+    sharding.mode = "graph"
+    return sharding
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[tape.Capture]:
+    """Every capture that is begun."""
+    begun: list[tape.Capture] = []
+
+    class Capture(tape.Capture):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            begun.append(self)
+
+    monkeypatch.setattr(graphs, "Capture", Capture)
+    return begun
+
+
+def reply(model: Any, place: str, tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> Any:
+    """A greedy reply to prompts of `length` tokens."""
+    inputs = {name: tensor.to(place) for name, tensor in support.prompts(batch, length).items()}
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens} | options
+    with torch.no_grad():
+        return model.generate(**inputs, **options)
+
+
+def right(tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> list[list[int]]:
+    """The reply of the same model on the CPU."""
+    return reply(models.build("llama"), "cpu", tokens, batch, length, **options).tolist()
+
+
+# --- the same tokens --------------------------------------------------------------------------------------------------
+
+
+@needs_graphs
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replies_are_the_same_token_for_token(devices: support.Devices, family: str, count: int) -> None:
+    tokens = 256 if count == 2 else 24
+    model = models.build(support.family_or_skip(family), **FAMILIES[family])
+    place = devices(count)[0]
+    model = support.spread(model, devices(count)) if count > 1 else model.to(place)
+    expected = reply(model, place, tokens).tolist()
+    sharding = shard(model)
+    sharding.mode = "graph"
+    assert reply(model, place, tokens).tolist() == expected
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
+@pytest.mark.parametrize("way", support.WAYS, ids=str)
+def test_every_way_of_generating_gives_its_tokens(
+    model: Any, sharding: Sharding, places: list[str], way: support.Way
+) -> None:
+    if not way.needs(model):
+        pytest.skip(f"no {way} on this stack")
+    assert way.run(model, places[0]).tokens.tolist() == support.on_cpu("llama", way).tokens.tolist()
+
+
+@needs_graphs
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_logits_of_given_tokens_are_those_of_eager_mode(devices: support.Devices, count: int) -> None:
+    place = devices(count)[0]
+    model = models.build("llama")
+    model = support.spread(model, devices(count)) if count > 1 else model.to(place)
+    tokens = torch.randint(5, models.VOCAB_SIZE, (3, 136), generator=torch.Generator().manual_seed(0)).to(place)
+    sharding = shard(model)
+    logits = {}
+    for mode in ("eager", "graph"):
+        sharding.mode = mode
+        logits[mode] = steps(model, tokens, prompt=8)
+    assert sharding.reason_for_eager == ""
+    assert len(logits["graph"]) == 128
+    for ours, theirs in zip(logits["graph"], logits["eager"], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+
+
+def steps(model: Any, tokens: Tensor, prompt: int) -> list[Tensor]:
+    """The logits of each token after the prompt, given one at a time with nothing else than the cache."""
+    with torch.no_grad():
+        cache = model(tokens[:, :prompt], use_cache=True).past_key_values
+        logits = []
+        for index in range(prompt, tokens.shape[1]):
+            out = model(tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+            cache = out.past_key_values
+    return logits
+
+
+@needs_graphs
+def test_prompts_padded_on_the_left_keep_their_padding(model: Any, sharding: Sharding, places: list[str]) -> None:
+    assert reply(model, places[0], batch=3).tolist() == right(batch=3)
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
+def test_sampling_draws_the_same_tokens(model: Any, sharding: Sharding, places: list[str]) -> None:
+    def sampled() -> list[list[int]]:
+        torch.manual_seed(0)
+        getattr(torch, places[0].split(":")[0]).manual_seed_all(0)
+        return reply(model, places[0], do_sample=True, temperature=1.5, top_k=20).tolist()
+
+    ours = sampled()
+    assert sharding.reason_for_eager == ""
+    sharding.mode = "eager"
+    assert sampled() == ours
+
+
+@needs_graphs
+def test_it_works_in_inference_mode_and_after_it(model: Any, sharding: Sharding, places: list[str]) -> None:
+    with torch.inference_mode():
+        assert reply(model, places[0]).tolist() == right()
+    assert reply(model, places[0]).tolist() == right()
+    assert sharding.reason_for_eager == ""
+
+
+# --- buffers and graphs -----------------------------------------------------------------------------------------------
+
+
+@needs_graphs
+def test_the_next_reply_finds_graphs_and_buffers(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+) -> None:
+    for length in (9, 30, 4, 9):
+        assert reply(model, places[0], length=length).tolist() == right(length=length)
+        assert sharding.reason_for_eager == ""
+    assert len(captures) == 1
+
+
+@needs_graphs
+def test_a_reply_that_outgrows_its_room_is_captured_again_and_loses_no_token(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+) -> None:
+    assert reply(model, places[0], tokens=300).tolist() == right(tokens=300)
+    assert sharding.reason_for_eager == ""
+    assert len(captures) == 2
+
+
+@needs_graphs
+def test_another_batch_size_gets_graphs_of_its_own(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+) -> None:
+    for batch in (1, 3, 1):
+        assert reply(model, places[0], batch=batch).tolist() == right(batch=batch)
+    assert len(captures) == 3
+
+
+@needs_graphs
+def test_room_follows_the_reply_and_not_what_the_model_could_take(
+    model: Any, sharding: Sharding, places: list[str]
+) -> None:
+    sizes = set()
+    reply(model, places[0], stopping_criteria=StoppingCriteriaList([lambda *_, **__: bool(sizes.add(room(sharding)))]))
+    config = model.config
+    one_token = 2 * config.num_hidden_layers * config.num_key_value_heads * 16 * 4
+    assert max(sizes) == 256 * one_token < config.max_position_embeddings * one_token
+
+
+def room(sharding: Sharding) -> int:
+    """Bytes of the static buffers."""
+    held = sharding._runtime.graphs
+    return 0 if held is None else held.nbytes
+
+
+@needs_graphs
+@pytest.mark.parametrize("end", ["disable", "detach", "eager"])
+def test_all_memory_is_free_again_when_it_is_switched_off(
+    model: Any, sharding: Sharding, devices: support.Devices, places: list[str], end: str
+) -> None:
+    sharding.mode = "eager"
+    reply(model, places[0])
+    before = allocated(devices, places)
+    sharding.mode = "graph"
+    reply(model, places[0])
+    assert allocated(devices, places) > before
+    if end == "eager":
+        sharding.mode = "eager"
+    else:
+        getattr(sharding, end)()
+    assert allocated(devices, places) == before
+
+
+@needs_graphs
+def test_an_unloaded_model_takes_its_graphs_along(devices: support.Devices, places: list[str]) -> None:
+    capture_once(places)
+    before = allocated(devices, places)
+    capture_once(places)
+    assert allocated(devices, places) == before
+
+
+def capture_once(places: list[str]) -> None:
+    model = support.spread(models.build("llama"), places)
+    sharding = shard(model)
+    sharding.mode = "graph"
+    reply(model, places[0])
+    assert sharding.reason_for_eager == ""
+
+
+def allocated(devices: support.Devices, places: list[str]) -> int:
+    gc.collect()
+    return sum(devices.runtime.memory_allocated(place) for place in places)
+
+
+@needs_graphs
+def test_many_replies_leak_no_byte(model: Any, sharding: Sharding, devices: support.Devices, places: list[str]) -> None:
+    lengths = torch.randint(2, 40, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    reply(model, places[0], tokens=4)
+    before = allocated(devices, places)
+    for length in lengths:
+        reply(model, places[0], tokens=4, length=length)
+    assert allocated(devices, places) == before
+
+
+@needs_graphs
+def test_a_cache_that_outlives_its_reply_has_tensors_of_its_own(
+    model: Any, sharding: Sharding, places: list[str]
+) -> None:
+    caches = {}
+    for mode in ("eager", "graph"):
+        sharding.mode = mode
+        caches[mode] = reply(model, places[0], return_dict_in_generate=True).past_key_values
+    reply(model, places[0], length=12)  # writes over the buffers
+    assert type(caches["graph"]) is type(caches["eager"])
+    for ours, theirs in zip(list_of(caches["graph"]), list_of(caches["eager"]), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-3, atol=1e-3)
+        assert ours.untyped_storage().nbytes() == ours.numel() * ours.element_size()
+
+
+def list_of(cache: Any) -> list[Tensor]:
+    layers = [(layer.keys, layer.values) for layer in cache.layers] if hasattr(cache, "layers") else list(cache)
+    return [tensor for layer in layers for tensor in layer]
+
+
+@needs_graphs
+def test_what_crosses_is_counted_and_is_no_more_than_in_eager_mode(
+    model: Any, sharding: Sharding, devices: support.Devices, places: list[str]
+) -> None:
+    bytes_of = {}
+    for mode in ("eager", "graph"):
+        sharding.mode = mode
+        reply(model, places[0])  # also captures
+        before = sharding.meter.snapshot().traffic.total_bytes
+        with devices.traffic() as crossed:
+            reply(model, places[0])
+        bytes_of[mode] = total(crossed.bytes)
+        assert sharding.meter.snapshot().traffic.total_bytes - before == bytes_of[mode]
+    # A mask over the room that is there, instead of one for each token; but nothing that nobody reads.
+    room_of_mask = 256 * 4 * 20
+    assert bytes_of["graph"] <= bytes_of["eager"] + room_of_mask
+
+
+# --- in the midst of a reply ------------------------------------------------------------------------------------------
+
+
+@needs_graphs
+def test_switches_at_every_token_change_no_token(model: Any, sharding: Sharding, places: list[str]) -> None:
+    asked = 0
+
+    def switch(*_: Any, **__: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        states = (
+            "graph",
+            "graph",
+            "graph",
+            "off",
+            "eager",
+            "graph",
+            "graph",
+            "off",
+            "graph",
+            "graph",
+            "graph",
+            "eager",
+        )
+        state = states[asked % len(states)]
+        sharding.disable() if state == "off" else sharding.enable()
+        sharding.mode = "eager" if state == "off" else state
+        return False
+
+    ours = reply(model, places[0], tokens=60, batch=3, stopping_criteria=StoppingCriteriaList([switch]))
+    assert ours.tolist() == right(tokens=60, batch=3)
+
+
+@needs_graphs
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 9])
+def test_a_reply_that_was_broken_off_leaves_the_next_one_right(
+    model: Any, sharding: Sharding, places: list[str], at: int
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    asked = 0
+
+    def stop(*_: Any, **__: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            raise Stopped
+        return False
+
+    with pytest.raises(Stopped):
+        reply(model, places[0], length=20, stopping_criteria=StoppingCriteriaList([stop]))
+    assert reply(model, places[0]).tolist() == right()
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
+def test_a_reply_that_begins_meanwhile_runs_without_graphs(model: Any, sharding: Sharding, places: list[str]) -> None:
+    replies: list[Any] = []
+    asked = 0
+
+    def another(*_: Any, **__: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        if 5 <= asked < 8:
+            thread = threading.Thread(target=lambda: replies.append(reply(model, places[0], length=14).tolist()))
+            thread.start()
+            thread.join()
+            assert "Another reply" in sharding.reason_for_eager
+        return False
+
+    assert reply(model, places[0], stopping_criteria=StoppingCriteriaList([another])).tolist() == right()
+    assert replies == [right(length=14)] * 3
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
+def test_replies_of_several_threads_at_once_are_all_right(model: Any, sharding: Sharding, places: list[str]) -> None:
+    got: dict[int, Any] = {}
+
+    def run(length: int) -> None:
+        got[length] = [reply(model, places[0], length=length).tolist() for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(length,)) for length in (5, 9, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert got == {length: [right(length=length)] * 3 for length in (5, 9, 14)}
+
+
+@needs_graphs
+def test_weights_that_were_exchanged_between_replies_are_used(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+) -> None:
+    reply(model, places[0])
+    norm = model.get_submodule("model.norm")
+    norm.weight = nn.Parameter(-norm.weight.detach())
+    sharding.disable()
+    expected = reply(model, places[0]).tolist()
+    norm.weight = nn.Parameter(-norm.weight.detach())
+    sharding.enable()
+    reply(model, places[0])
+    norm.weight = nn.Parameter(-norm.weight.detach())
+    assert reply(model, places[0]).tolist() == expected
+    assert sharding.reason_for_eager == ""
+    assert len(captures) == 3
+
+
+# --- one GPU ----------------------------------------------------------------------------------------------------------
+
+
+@needs_graphs
+def test_a_model_on_one_gpu_is_left_alone_but_in_graph_mode(devices: support.Devices) -> None:
+    (place,) = devices(1)
+    model = models.build("llama").to(place)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    sharding = shard(model)
+    assert not sharding.active
+    sharding.mode = "graph"
+    assert sharding.active
+    assert sharding.enabled
+    assert reply(model, place).tolist() == right()
+    sharding.mode = "eager"
+    assert not sharding.active
+    assert not sharding.enabled
+    sharding.detach()
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+@needs_graphs
+def test_a_model_on_one_gpu_that_was_switched_off_stays_off(devices: support.Devices) -> None:
+    model = models.build("llama").to(devices(1)[0])
+    sharding = shard(model)
+    sharding.disable()
+    sharding.mode = "graph"
+    assert not sharding.enabled
+
+
+# --- without graphs, and why ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def training(model: Any) -> Iterator[None]:
+    model.train()
+    yield
+    model.eval()
+
+
+@contextlib.contextmanager
+def hooked(model: Any) -> Iterator[None]:
+    handle = model.get_submodule("model.layers.1.mlp").register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def autocast(model: Any) -> Iterator[None]:
+    with torch.autocast(model.device.type, torch.bfloat16):
+        yield
+
+
+@needs_graphs
+@pytest.mark.parametrize(
+    ("state", "reason"), [(training, "training"), (hooked, "hook"), (autocast, "autocast")], ids=lambda x: str(x)
+)
+def test_a_model_in_a_state_that_graphs_would_miss_runs_without(
+    model: Any, sharding: Sharding, places: list[str], state: Callable[[Any], Any], reason: str
+) -> None:
+    with state(model):
+        expected = off(sharding, lambda: reply(model, places[0]).tolist())
+        assert reply(model, places[0]).tolist() == expected
+        assert reason in sharding.reason_for_eager
+    assert reply(model, places[0]).tolist() == right()
+    assert sharding.reason_for_eager == ""
+
+
+def off(sharding: Sharding, run: Callable[[], Any]) -> Any:
+    """What `run` gives with sharding off."""
+    sharding.disable()
+    try:
+        return run()
+    finally:
+        sharding.enable()
+
+
+@needs_graphs
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"prompt_lookup_num_tokens": 3}, "at once"),
+        ({"num_beams": 3}, "between steps"),
+        ({"cache_implementation": "static", **support._UNCOMPILED}, "StaticCache"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_a_reply_that_wants_more_than_tokens_runs_without(
+    model: Any,
+    sharding: Sharding,
+    places: list[str],
+    options: dict[str, Any],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        out = reply(model, places[0], **options)
+    out = getattr(out, "sequences", out).tolist()
+    assert out == right(**{name: value for name, value in options.items() if name == "num_beams"})
+    assert reason in caplog.text
+
+
+@needs_graphs
+def test_the_second_pass_of_guidance_runs_without(model: Any, sharding: Sharding, places: list[str]) -> None:
+    negative = support.prompts(1)["input_ids"].flip(1)[:, :5]
+    ours = reply(model, places[0], guidance_scale=1.5, negative_prompt_ids=negative.to(places[0]))
+    assert ours.tolist() == right(guidance_scale=1.5, negative_prompt_ids=negative)
+    assert "guidance" in sharding.reason_for_eager
+
+
+@needs_graphs
+def test_a_step_with_gradients_runs_without(model: Any, sharding: Sharding, places: list[str]) -> None:
+    ids = support.prompts(1)["input_ids"].to(places[0])
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, -1:], past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert "Gradients" in sharding.reason_for_eager
+
+
+@needs_graphs
+def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices, places: list[str]) -> None:
+    model = models.build("llama")
+    device_map = models.device_map(model, [*places, "cpu"])
+    model = support.spread(model, places, device_map=device_map)
+    sharding = shard(model)
+    sharding.mode = "graph"
+    assert reply(model, places[0]).tolist() == right()
+    assert "offloaded" in sharding.reason_for_eager
+
+
+@needs_graphs
+@pytest.mark.parametrize("family", ["bloom", "falcon", "mpt"])
+def test_an_architecture_that_graphs_cannot_repeat_is_found_out(places: list[str], family: str) -> None:
+    model = support.spread(models.build(support.family_or_skip(family)), places)
+    expected = reply(model, places[0]).tolist()
+    sharding = shard(model)
+    sharding.mode = "graph"
+    assert reply(model, places[0]).tolist() == expected
+    assert sharding.reason_for_eager != ""
+
+
+@needs_graphs
+@pytest.mark.skipif(Version("5") > VERSION, reason="this transformers keeps no window in its cache")
+def test_a_reply_goes_on_without_when_it_outgrows_the_sliding_window(places: list[str]) -> None:
+    model = support.spread(models.build("mistral-sliding", sliding_window=16), places)
+    expected = reply(model, places[0], tokens=30).tolist()
+    sharding = shard(model)
+    sharding.mode = "graph"
+    assert reply(model, places[0], tokens=30).tolist() == expected
+    assert "window of 16" in sharding.reason_for_eager
+
+
+@needs_graphs
+def test_what_cannot_be_captured_is_tried_once_and_told_once(
+    model: Any,
+    sharding: Sharding,
+    devices: support.Devices,
+    places: list[str],
+    captures: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    reply(model, places[0], tokens=1)
+    before = allocated(devices, places)
+    monkeypatch.setattr(tape.Capture, "_turn_to", fail)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert reply(model, places[0]).tolist() == right()
+            assert "not permitted" in sharding.reason_for_eager
+    assert len(captures) == 1
+    assert len([record for record in caplog.records if "Without graphs" in record.message]) == 1
+    assert allocated(devices, places) == before
+    assert sharding.enabled
+    assert sharding.failure == ""
+
+
+@needs_graphs
+def test_where_buffers_do_not_fit_a_reply_runs_without_and_says_so(
+    model: Any, sharding: Sharding, devices: support.Devices, places: list[str]
+) -> None:
+    if devices.kind != "sim":
+        pytest.skip("real GPUs have no capacity to set")
+    try:
+        simulated.set_capacity(1, simulated.allocated(1) + 150_000)
+        assert reply(model, places[0]).tolist() == right()
+        assert "no room" in sharding.reason_for_eager
+    finally:
+        simulated.set_capacity(1, None)
+
+
+@pytest.mark.skipif(Version("4.36") <= VERSION, reason="caches are objects here")
+def test_caches_of_tuples_are_left_to_eager_mode(model: Any, sharding: Sharding, places: list[str]) -> None:
+    assert reply(model, places[0]).tolist() == right()
+    assert "tuples" in sharding.reason_for_eager
