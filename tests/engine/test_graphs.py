@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,7 +132,7 @@ def test_logits_of_given_tokens_are_those_of_eager_mode(devices: support.Devices
 def steps(model: Any, tokens: Tensor, prompt: int) -> list[Tensor]:
     """The logits of each token after the prompt, given one at a time with nothing else than the cache."""
     with torch.no_grad():
-        cache = model(tokens[:, :prompt], use_cache=True).past_key_values
+        cache = model(tokens[:, :prompt], past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
         logits = []
         for index in range(prompt, tokens.shape[1]):
             out = model(tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
@@ -300,6 +301,19 @@ def test_what_crosses_is_counted_and_is_no_more_than_in_eager_mode(
     # A mask over the room that is there, instead of one for each token; but nothing that nobody reads.
     room_of_mask = 256 * 4 * 20
     assert bytes_of["graph"] <= bytes_of["eager"] + room_of_mask
+
+
+@needs_graphs
+def test_the_memory_of_the_cache_shows_its_room(model: Any, sharding: Sharding, places: list[str]) -> None:
+    shown: list[int] = []
+
+    def look(*_: Any, **__: Any) -> bool:
+        sharding.meter._memory._next_look = 0.0
+        shown.append(sum(memory.cache for memory in sharding.meter.snapshot().memory))
+        return False
+
+    reply(model, places[0], stopping_criteria=StoppingCriteriaList([look]))
+    assert shown[-1] == 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 16 * 4 * 256
 
 
 # --- in the midst of a reply ------------------------------------------------------------------------------------------
@@ -519,13 +533,13 @@ def test_the_second_pass_of_guidance_runs_without(model: Any, sharding: Sharding
     negative = support.prompts(1)["input_ids"].flip(1)[:, :5]
     ours = reply(model, places[0], guidance_scale=1.5, negative_prompt_ids=negative.to(places[0]))
     assert ours.tolist() == right(guidance_scale=1.5, negative_prompt_ids=negative)
-    assert "guidance" in sharding.reason_for_eager
+    assert re.search("guidance|tuples", sharding.reason_for_eager)  # before transformers 4.45 it was a tuple
 
 
 @needs_graphs
 def test_a_step_with_gradients_runs_without(model: Any, sharding: Sharding, places: list[str]) -> None:
     ids = support.prompts(1)["input_ids"].to(places[0])
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
     model(ids[:, -1:], past_key_values=cache, use_cache=True).logits.sum().backward()
     assert "Gradients" in sharding.reason_for_eager
 

@@ -103,8 +103,8 @@ class Buffers:
         return self.layers[index]
 
     def filled(self, index: int, which: int) -> Tensor:
-        """What of a layer's keys (0) or values (1) holds tokens."""
-        return self.layers[index][which][:, :, : self.length]
+        """A copy of what of a layer's keys (0) or values (1) holds tokens: the buffers are the next reply's, too."""
+        return self.layers[index][which][:, :, : self.length].clone()
 
 
 def reason_against(cache: Any) -> str:
@@ -127,6 +127,12 @@ def pairs(cache: Any) -> list[Pair]:
 def is_empty(cache: Any) -> bool:
     """Whether it is there and holds nothing yet: then the tokens that come are a prompt."""
     return _lender(cache) is not None and cache.get_seq_length() == 0
+
+
+def buffers_of(value: Any) -> Buffers | None:
+    """The buffers that a cache, or a layer of it, has its tensors in."""
+    lent = getattr(value, "__dict__", {}).get("_lent")
+    return None if lent is None else lent[0]
 
 
 def longest(cache: Any) -> int | None:
@@ -216,7 +222,7 @@ class _Layered:
         if type(layer) not in self._plain_classes:
             return
         # In an order in which another thread may read the layer meanwhile.
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        layer.keys, layer.values = layer.keys, layer.values
         if layer.is_sliding:
             layer.cumulative_length = layer.cumulative_length
         layer.__class__ = self._plain_classes[type(layer)]
@@ -227,6 +233,7 @@ def _lent_layer(plain: Any) -> Any:
     """The class of layers whose tensors are in buffers. An object may change between it and `plain`."""
 
     class LentLayer(plain):  # type: ignore[misc]
+        __module__ = plain.__module__  # whoever looks for caches of transformers finds it
         _lent: tuple[Buffers, int]
         keys = _Own(lambda layer, buffers, index: layer._seen(buffers.filled(index, 0)))
         values = _Own(lambda layer, buffers, index: layer._seen(buffers.filled(index, 1)))
@@ -276,7 +283,7 @@ class _Listed:
             return
         for tensors in (cache.key_cache, cache.value_cache):
             if tensors.is_lent(index):
-                tensors[index] = tensors[index].clone()
+                tensors[index] = tensors[index]
         if index == len(cache) - 1:
             cache.key_cache, cache.value_cache = list(cache.key_cache), list(cache.value_cache)
             cache._seen_tokens = cache._seen_tokens
@@ -288,6 +295,7 @@ def _lent_cache(plain: Any) -> Any:
     """The class of caches whose tensors are in buffers. An object may change between it and `plain`."""
 
     class LentCache(plain):  # type: ignore[misc]
+        __module__ = plain.__module__
         _lent: tuple[Buffers]
         _seen_tokens = _Own(lambda cache, buffers: buffers.length)
 

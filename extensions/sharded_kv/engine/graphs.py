@@ -174,6 +174,11 @@ class Graphs:
         """
         if self._hopeless:
             raise StepAside(self._hopeless)
+        cache: Any = named.get(CACHE_NAME)
+        if not named.get("use_cache", True):
+            raise StepAside("The model was called without using its cache.")
+        if reason := caches.reason_against(cache):
+            raise StepAside(reason)
         ids = named.get("input_ids")
         model = self._model()
         assert model is not None  # it is being called
@@ -194,11 +199,6 @@ class Graphs:
         for name in ("output_attentions", "output_hidden_states"):
             if named.get(name, getattr(config, name, False)):
                 raise StepAside(f"{name} was asked for.")
-        cache: Any = named.get(CACHE_NAME)
-        if not named.get("use_cache", True):
-            raise StepAside("The model was called without using its cache.")
-        if reason := caches.reason_against(cache):
-            raise StepAside(reason)
         length = int(cache.get_seq_length())
         return self._split(named, cache, length, ids)
 

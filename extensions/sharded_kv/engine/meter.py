@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import vram
+from .caches import buffers_of
 from .observer import Observer
 from .placement import CACHE_NAME, Placement, Scope
 from .stacks import keep_untraced
@@ -500,8 +501,12 @@ def _cache_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (Tensor, tuple, list, dict)):
         found = list(tensors_in(value))
         items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-        objects = [item for item in items if type(item).__module__.startswith("transformers.")]
+        objects = [
+            item for item in items if isinstance(item, Buffers) or type(item).__module__.startswith("transformers.")
+        ]
         return found + [tensor for item in objects for tensor in _cache_tensors(item)]
+    if (buffers := buffers_of(value)) is not None:
+        return [tensor for pair in buffers.layers for tensor in pair]
     if type(value).__module__.startswith("transformers."):
         return [tensor for item in vars(value).values() for tensor in _cache_tensors(item)]
     return []
