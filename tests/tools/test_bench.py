@@ -21,9 +21,11 @@ import transformers
 from extensions.sharded_kv.tools import bench, models, simulated, traffic
 
 DEVICES = ("sim:0", "sim:1")
-SETTING = bench.Setting("llama", None, "float32", "sim:2", 24, 4, 1, 1, tuple(bench.VARIANTS))
+SETTING = bench.Setting("llama", None, "float32", "sim:2", 24, 6, 1, 1, tuple(bench.VARIANTS))
 QUICK = ["--devices", "sim:2", "--layers", "2", "--context", "16", "--new-tokens", "4", "--rounds", "2"]
-SPREAD = [name for name, variant in bench.VARIANTS.items() if variant.spread]
+GRAPHED = {name for name, variant in bench.VARIANTS.items() if variant.applied is bench.graphed}
+NAMES = [name for name in bench.VARIANTS if name not in GRAPHED or name in bench.default_variants(2)]
+SPREAD = [name for name in NAMES if bench.VARIANTS[name].spread]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def run(*arguments: str) -> SimpleNamespace:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A whole run with all variants and the check, and its file."""
     file = tmp_path_factory.mktemp("bench") / "run.json"
-    outcome = run(*QUICK, "--check", "--variants", *bench.VARIANTS, "--json", str(file))
+    outcome = run(*QUICK, "--check", "--variants", *NAMES, "--json", str(file))
     return SimpleNamespace(file=file, result=bench.Result.from_json(file.read_text()), **vars(outcome))
 
 
@@ -75,7 +77,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def configuration(name: str) -> str:
     variant = bench.VARIANTS[name]
-    return f"2x Simulated GPU, {variant.label}" if variant.spread else "1x Simulated GPU"
+    return ", ".join(filter(None, [f"{2 if variant.spread else 1}x Simulated GPU", variant.label]))
 
 
 class TestBuilding:
@@ -116,6 +118,7 @@ class TestVariants:
     @pytest.mark.parametrize("fails", [False, True])
     @pytest.mark.parametrize("name", SPREAD)
     def test_a_variant_leaves_the_model_exactly_as_accelerate_made_it(self, spread, name, fails):
+        skip_without_graphs(name, spread)
         bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
         before = state(spread)
         with contextlib.suppress(ZeroDivisionError), bench.VARIANTS[name].applied(spread):
@@ -126,13 +129,23 @@ class TestVariants:
 
     @pytest.mark.parametrize("name", SPREAD)
     def test_a_variant_gives_one_gpus_logits(self, spread, alone, name):
+        skip_without_graphs(name, spread)
         expected = bench.forced_logits(SETTING, bench.VARIANTS[bench.ONE_GPU], alone, tokens(2))
         logits = bench.forced_logits(SETTING, bench.VARIANTS[name], spread, tokens(2))
         assert len(logits) == SETTING.new_tokens
-        assert all(map(torch.equal, logits, expected))
+        if name in GRAPHED:  # attention over room that is not used yet adds up in another order
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert all(map(torch.equal, logits, expected))
+
+    @pytest.mark.skipif("graph" not in SPREAD, reason="no graph mode with this transformers")
+    def test_a_reply_without_graphs_is_no_measurement_of_graph_mode(self, spread):
+        options = {"output_hidden_states": True, "return_dict_in_generate": True}
+        with pytest.raises(RuntimeError, match="without graphs"), bench.graphed(spread):
+            bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 4, **options)
 
     def test_each_moves_less_than_the_one_before(self, spread):
-        crossed = {name: bytes_of(spread, name) for name in SPREAD}
+        crossed = {name: bytes_of(spread, name) for name in set(SPREAD) - GRAPHED | {"no-skip-keys"}}
         assert crossed["no-skip-keys"] >= crossed["accelerate"] >= crossed["patch"] > crossed["eager"]
         if has_tuple_cache(spread):
             assert crossed["no-skip-keys"] > 5 * crossed["patch"]
@@ -150,6 +163,11 @@ class TestVariants:
     def test_a_model_that_cannot_be_sharded_is_no_measurement(self, alone):
         with pytest.raises(RuntimeError, match="one device"), bench.sharded(alone):
             pass
+
+
+def skip_without_graphs(name: str, model: Any) -> None:
+    if name in GRAPHED and has_tuple_cache(model):
+        pytest.skip("this transformers keeps this model's cache in tuples")
 
 
 def hooked(model: Any) -> list[Any]:
@@ -226,10 +244,10 @@ class TestARun:
     def test_it_ends_well(self, finished):
         assert (finished.status, finished.err) == (0, "")
         assert "Logits as one GPU's" in finished.out
-        assert finished.result.check.differences.keys() == set(SPREAD)
+        assert finished.result.check.differences.keys() == set(finished.result.samples) - {bench.ONE_GPU}
 
     def test_the_file_has_every_sample(self, finished):
-        assert finished.result.samples.keys() == bench.VARIANTS.keys()
+        assert finished.result.samples.keys() == set(NAMES)
         for samples in finished.result.samples.values():
             assert [one.round for one in samples] == [0, 1]
             for one in samples:
@@ -240,7 +258,7 @@ class TestARun:
     def test_the_turns_are_those_of_the_rounds(self, finished):
         for round in range(2):
             turns = {name: samples[round].turn for name, samples in finished.result.samples.items()}
-            assert sorted(turns, key=turns.get) == bench.order_of_round(list(bench.VARIANTS), round)
+            assert sorted(turns, key=turns.get) == bench.order_of_round(NAMES, round)
 
     def test_the_file_says_on_what_it_was_measured(self, finished):
         result = finished.result
@@ -254,14 +272,14 @@ class TestARun:
 
     def test_the_file_has_numbers_of_a_list_on_one_line(self, finished):
         steps = [line for line in finished.file.read_text().splitlines() if '"steps"' in line]
-        assert len(steps) == 2 * len(bench.VARIANTS)
+        assert len(steps) == 2 * len(NAMES)
         assert all("]" in line for line in steps)
 
     def test_the_table_of_the_file_is_the_one_that_was_printed(self, finished):
         again = run("--table", str(finished.file))
         assert again.status == 0
         assert again.out.strip() in finished.out
-        assert list(rows(again.out)) == list(map(configuration, bench.VARIANTS))
+        assert list(rows(again.out)) == list(map(configuration, NAMES))
 
     def test_runs_alike_share_a_table_and_others_do_not(self, finished):
         other = dataclasses.replace(finished.result, date="2001-02-03")
@@ -274,8 +292,9 @@ class TestARun:
         config = models.config("llama", num_hidden_layers=2)
         weights = sum(4 * weight.numel() for weight in models.build(config).parameters())
         assert peaks[bench.ONE_GPU]["sim:1"] == 0
-        assert all(weights < sum(peak.values()) < 2 * weights for peak in peaks.values())
-        assert all(0 < peaks[name][device] < weights for name in SPREAD for device in DEVICES)
+        without = {name: peak for name, peak in peaks.items() if name not in GRAPHED}
+        assert all(weights < sum(peak.values()) < 2 * weights for peak in without.values())
+        assert all(0 < peak[device] < weights for name, peak in without.items() if name in SPREAD for device in DEVICES)
 
     def test_peak_memory_is_the_same_with_and_without_others_on_the_device(self, alone):
         setting = dataclasses.replace(SETTING, devices="sim:2")
@@ -330,9 +349,9 @@ class TestTooLittleMemory:
 
     def test_a_model_that_does_not_fit_leaves_out_its_variants(self):
         simulated.set_capacity(1, simulated.allocated(1) + 1024)
-        outcome = run(*QUICK, "--check")
+        outcome = run(*QUICK, "--check", "--variants", bench.ONE_GPU, *SPREAD)
         assert outcome.status == 1  # there was nothing to check
-        for name in SPREAD if bench.knows_skip_keys() else set(SPREAD) - {"no-skip-keys"}:
+        for name in SPREAD:
             assert rows(outcome.out)[configuration(name)][0].startswith("out of memory: at least ")
         assert rows(outcome.out)[configuration(bench.ONE_GPU)][0].startswith("0.")
 
@@ -437,7 +456,8 @@ class TestOptions:
         ("arguments", "sentence"),
         [
             (["--devices", "tpu:2"], "give cuda:N or sim:N"),
-            (["--devices", "sim:1"], "N at least 2"),
+            (["--devices", "sim:0"], "N at least 1"),
+            (["--devices", "sim:1", "--variants", "one-gpu", "eager"], "give at least two"),
             (["--devices", "cuda:99"], "sim:99 simulates them"),
             (["--devices", "sim:2", "--context", "4096"], "at most 512"),
             (["--devices", "sim:2", "--new-tokens", "3"], "at least 4"),

@@ -31,10 +31,7 @@ class Buffers:
         capacity: as above.
         length: how many tokens they hold.
         is_whole: all of the cache that was taken in is still here: nobody has given it tensors of its own.
-        layers: of each layer the keys and values, [batch, heads, capacity, head size].
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for them.
+        layers: of each layer the keys and values, [batch, heads, capacity, head size]; made by the first `take()`.
     """
 
     def __init__(self, cache: Any, capacity: int) -> None:
@@ -43,14 +40,8 @@ class Buffers:
         self.is_whole = False
         self.is_stepping = False
         self.layers: list[Pair] = []
+        self._kinds = [_kinds(pair) for pair in pairs(cache)]
         self._positions: dict[torch.device, Tensor] = {}
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-            for pair in pairs(cache):
-                # Zeros, since a masked token counts 0 times its value, and 0 * NaN is NaN.
-                keys, values = (t.new_zeros((*t.shape[:2], capacity, t.shape[3])) for t in pair)
-                self.layers.append((keys, values))
-                if keys.device not in self._positions:
-                    self._positions[keys.device] = torch.zeros(1, dtype=torch.int64, device=keys.device)
 
     @property
     def nbytes(self) -> int:
@@ -59,20 +50,41 @@ class Buffers:
 
     def suit(self, cache: Any) -> bool:
         """Whether they have the shapes, types and devices of `cache`, but for the number of tokens."""
-        theirs = [_kind(tensor) for pair in pairs(cache) for tensor in pair]
-        return theirs == [_kind(tensor) for pair in self.layers for tensor in pair]
+        return [_kinds(pair) for pair in pairs(cache)] == self._kinds
 
     def take(self, cache: Any) -> None:
-        """Move a cache in. It goes layer by layer, so that no more than one layer is there twice."""
+        """Move a cache in, layer by layer: no more than one layer is there twice.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room; the cache is as it was.
+        """
         self.length = cache.get_seq_length()
         lender = _lender(cache)
         assert lender is not None
-        for index, (keys, values) in enumerate(self.layers):
-            for buffer, own in zip((keys, values), lender.pair(cache, index), strict=True):
-                buffer[:, :, : self.length].copy_(own)
-            del own
-            lender.lend(cache, index, self)
+        try:
+            for index in range(len(self._kinds)):
+                pair = lender.pair(cache, index)
+                if index == len(self.layers):
+                    self.layers.append(self._room_for(pair))
+                for buffer, own in zip(self.layers[index], pair, strict=True):
+                    buffer[:, :, : self.length].copy_(own)
+                del own, pair
+                lender.lend(cache, index, self)
+        except BaseException:
+            for index in reversed(range(len(self.layers))):
+                lender.take_back(cache, index)
+                self.layers.pop()
+            raise
         self.is_whole = True
+
+    def _room_for(self, pair: Pair) -> Pair:
+        device = pair[0].device
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
+            if device not in self._positions:
+                self._positions[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            # Zeros, since a masked token counts 0 times its value, and 0 * NaN is NaN.
+            keys, values = (t.new_zeros((*t.shape[:2], self.capacity, t.shape[3])) for t in pair)
+        return keys, values
 
     def give_back(self, cache: Any) -> None:
         """Leave the cache tensors of its own, as if it had never been here."""
@@ -117,11 +129,11 @@ def reason_against(cache: Any) -> str:
     return lender.reason_against(cache)
 
 
-def pairs(cache: Any) -> list[Pair]:
-    """The keys and values of each layer, [batch, heads, tokens, head size]."""
+def pairs(cache: Any) -> Iterator[Pair]:
+    """The keys and values of each layer, [batch, heads, tokens, head size]; of a lent one they are copies."""
     lender = _lender(cache)
     assert lender is not None
-    return [lender.pair(cache, index) for index in range(len(cache))]
+    return (lender.pair(cache, index) for index in range(len(cache)))
 
 
 def is_empty(cache: Any) -> bool:
@@ -141,8 +153,9 @@ def longest(cache: Any) -> int | None:
     return min(windows, default=None)
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return (*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device)
+def _kinds(pair: Pair) -> list[Any]:
+    """What must be the same of two pairs for one to go where the other was."""
+    return [(*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device) for tensor in pair]
 
 
 # --- two generations of caches ----------------------------------------------------------------------------------------

@@ -285,13 +285,13 @@ class Graphs:
             raise StepAside(f"There is no room for a static cache of {capacity} tokens and its graphs.")
         # Old buffers may hold this very cache, which takes its tensors along.
         self._free()
+        held = _Held(caches.Buffers(call.cache, capacity), self._devices, look)
         try:
-            buffers = caches.Buffers(call.cache, capacity)
+            held.take(call.cache)
         except torch.cuda.OutOfMemoryError as error:
             self._refuse_room(capacity, call, error)
-        self._held = _Held(buffers, self._devices, look)
-        self._held.take(call.cache)
-        return self._held
+        self._held = held
+        return held
 
 
 def _capacity(needed: int, longest: int | None) -> int:
@@ -344,8 +344,8 @@ class _Held:
         """Move a cache in."""
         if self.owner() is not cache:
             self._losses = 0
-        self.owner, self.thread = weakref.ref(cache), threading.get_ident()
         self.buffers.take(cache)
+        self.owner, self.thread = weakref.ref(cache), threading.get_ident()
 
     def dismiss(self) -> None:
         """The cache that is in the buffers leaves."""

@@ -498,15 +498,13 @@ def _bytes_by_device(cache: Any) -> dict[torch.device, int]:
 
 
 def _cache_tensors(value: Any) -> list[Tensor]:
+    if (buffers := buffers_of(value)) is not None:
+        return [tensor for pair in buffers.layers for tensor in pair]
     if isinstance(value, (Tensor, tuple, list, dict)):
         found = list(tensors_in(value))
         items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-        objects = [
-            item for item in items if isinstance(item, Buffers) or type(item).__module__.startswith("transformers.")
-        ]
+        objects = [item for item in items if type(item).__module__.startswith("transformers.")]
         return found + [tensor for item in objects for tensor in _cache_tensors(item)]
-    if (buffers := buffers_of(value)) is not None:
-        return [tensor for pair in buffers.layers for tensor in pair]
     if type(value).__module__.startswith("transformers."):
         return [tensor for item in vars(value).values() for tensor in _cache_tensors(item)]
     return []

@@ -127,14 +127,29 @@ def sharded(model: nn.Module) -> Iterator[None]:
         sharding.detach()
 
 
+@contextlib.contextmanager
+def graphed(model: nn.Module) -> Iterator[None]:
+    """sharded_kv in graph mode, from a reply's first token on: it captures in each reply anew."""
+    sharding = shard(model)
+    try:
+        sharding.mode = "graph"
+        yield
+        if sharding.reason_for_eager:
+            raise RuntimeError(f"sharded_kv ran without graphs: {sharding.reason_for_eager}")
+    finally:
+        sharding.detach()
+
+
 VARIANTS: Mapping[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant(ONE_GPU, "", False, contextlib.nullcontext),
+        Variant("one-gpu-graph", "sharded_kv, graph mode", False, graphed),
         Variant("no-skip-keys", "accelerate, no skip keys", True, without_skip_keys),
         Variant("accelerate", "accelerate", True, contextlib.nullcontext),
         Variant("patch", "accelerate, issue's patch", True, with_the_issues_patch),
         Variant("eager", "sharded_kv", True, sharded),
+        Variant("graph", "sharded_kv, graph mode", True, graphed),
     )
 }
 
@@ -142,6 +157,14 @@ VARIANTS: Mapping[str, Variant] = {
 def knows_skip_keys() -> bool:
     """Whether this accelerate has `skip_keys`; without, "no-skip-keys" is the same as "accelerate"."""
     return "skip_keys" in inspect.signature(accelerate.dispatch_model).parameters
+
+
+def default_variants(devices: int) -> list[str]:
+    """Those that run on so many devices, with this stack."""
+    left_out = set() if knows_skip_keys() else {"no-skip-keys"}
+    if not hasattr(transformers, "DynamicCache"):
+        left_out |= {name for name, variant in VARIANTS.items() if variant.applied is graphed}
+    return [name for name, variant in VARIANTS.items() if name not in left_out and (devices > 1 or not variant.spread)]
 
 
 def order_of_round(names: Sequence[str], round: int) -> list[str]:
@@ -628,12 +651,14 @@ def paired_ratios(ours: Iterable[Sample], base: Iterable[Sample], figure: Callab
 def table(results: Iterable[Result]) -> str:
     """In Markdown: one table for all runs of one day, machine, stack and length, with these beneath."""
     parts = []
-    for caption, alike in itertools.groupby(results, key=_caption):
+    for caption, group in itertools.groupby(results, key=_caption):
+        alike = list(group)
         rows = [HEADER, *(row for result in alike for row in _rows(result))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, tuple("-" * width for width in widths))
         lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        parts.append("\n".join(f"| {line} |" for line in lines) + f"\n\n{caption}")
+        remarks = "".join(_floor(result) for result in alike)
+        parts.append("\n".join(f"| {line} |" for line in lines) + f"\n\n{caption}{remarks}")
     return "\n\n".join(parts)
 
 
@@ -680,6 +705,16 @@ def _caption(result: Result) -> str:
         "within each round."
     )
     return f"{text} {SIMULATED}" if sizes["devices"].startswith("sim") else text
+
+
+def _floor(result: Result) -> str:
+    if not result.floor:
+        return ""
+    size, bandwidth = result.sizes["size"], result.floor["bytes_per_second"] / 1e12
+    seconds = result.floor["seconds_per_token"]
+    return (
+        f" To read {size} and its cache once takes {seconds:.4f} seconds at the {bandwidth:.2f} TB/s of a copy there."
+    )
 
 
 def _counted(gpus: Sequence[str]) -> str:
@@ -767,14 +802,16 @@ def _setting(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Se
     gpus = torch.cuda.device_count()
     devices = options.devices or ("cuda:2" if gpus >= 2 else "sim:2")
     kind, _, count = devices.partition(":")
-    if kind not in DEFAULTS or not count.isdigit() or int(count) < 2:
-        parser.error(f"--devices {devices}: give cuda:N or sim:N, with N at least 2.")
+    if kind not in DEFAULTS or not count.isdigit() or int(count) < 1:
+        parser.error(f"--devices {devices}: give cuda:N or sim:N, with N at least 1.")
     if kind == "cuda" and int(count) > gpus:
         parser.error(f"--devices {devices}: there are {gpus} CUDA GPUs here; sim:{count} simulates them.")
     if kind == "sim":
         simulated.start(int(count))
     chosen = {name: getattr(options, name) or default for name, default in DEFAULTS[kind].items()}
-    variants = options.variants or [name for name in VARIANTS if knows_skip_keys() or name != "no-skip-keys"]
+    variants = options.variants or default_variants(int(count))
+    if int(count) == 1 and any(VARIANTS[name].spread for name in variants):
+        parser.error(f"--devices {devices}: for these --variants give at least two.")
     setting = Setting(layers=options.layers, devices=devices, batch=options.batch, variants=tuple(variants), **chosen)
     try:
         config = setting.config()
