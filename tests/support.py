@@ -40,6 +40,10 @@ class Devices:
             pytest.skip(f"needs {count} {self.kind} devices, there are {there}")
         return [f"{self.kind}:{index}" for index in range(count)]
 
+    def up_to(self, count: int) -> list[str]:
+        """The first `count` devices, or all where there are fewer: for what runs on one GPU as well."""
+        return self(max(1, min(count, self.runtime.device_count())))
+
     @property
     def runtime(self) -> Any:
         """torch.cuda or its like."""

@@ -41,7 +41,7 @@ needs_graphs = pytest.mark.skipif(Version("4.44") > VERSION, reason="no graph mo
 
 @pytest.fixture
 def places(devices: support.Devices) -> list[str]:
-    return devices(2)
+    return devices.up_to(2)
 
 
 @pytest.fixture
@@ -480,7 +480,9 @@ def autocast(model: Any) -> Iterator[None]:
 
 @needs_graphs
 @pytest.mark.parametrize(
-    ("state", "reason"), [(training, "training"), (hooked, "hook"), (autocast, "autocast")], ids=lambda x: str(x)
+    ("state", "reason"),
+    [(training, "training"), (hooked, "hook"), (autocast, "autocast")],
+    ids=["training", "hooked", "autocast"],
 )
 def test_a_model_in_a_state_that_graphs_would_miss_runs_without(
     model: Any, sharding: Sharding, places: list[str], state: Callable[[Any], Any], reason: str
@@ -511,7 +513,7 @@ def off(sharding: Sharding, run: Callable[[], Any]) -> Any:
         ({"num_beams": 3}, "between steps"),
         ({"cache_implementation": "static", **support._UNCOMPILED}, "StaticCache"),
     ],
-    ids=lambda x: str(x)[:20],
+    ids=["states", "prompt-lookup", "beams", "static-cache"],
 )
 def test_a_reply_that_wants_more_than_tokens_runs_without(
     model: Any,

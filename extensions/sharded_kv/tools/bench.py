@@ -737,7 +737,7 @@ def _machine(devices: Sequence[torch.device]) -> dict[str, Any]:
         "gpus": [vram.name(device) for device in devices],
         "driver": _first_match("/proc/driver/nvidia/version", r"\s(\d+\.[\d.]+)\s") if real else None,
         "cuda": torch.version.cuda if real else None,
-        "peer_access": torch.cuda.can_device_access_peer(*devices[:2]) if real else None,
+        "peer_access": torch.cuda.can_device_access_peer(*devices[:2]) if real and len(devices) > 1 else None,
         "cpu": _first_match("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(),
         "python": platform.python_version(),
     }
