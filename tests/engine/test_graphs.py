@@ -108,7 +108,8 @@ def test_every_way_of_generating_gives_its_tokens(
 ) -> None:
     if not way.needs(model):
         pytest.skip(f"no {way} on this stack")
-    assert way.run(model, places[0]).tokens.tolist() == support.on_cpu("llama", way).tokens.tolist()
+    expected = off(sharding, lambda: way.run(model, places[0]).tokens.tolist())
+    assert way.run(model, places[0]).tokens.tolist() == expected
 
 
 @needs_graphs
@@ -547,7 +548,8 @@ def test_a_step_with_gradients_runs_without(model: Any, sharding: Sharding, plac
 
 
 @needs_graphs
-def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices, places: list[str]) -> None:
+def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices) -> None:
+    places = devices(2)
     model = models.build("llama")
     device_map = models.device_map(model, [*places, "cpu"])
     model = support.spread(model, places, device_map=device_map)
@@ -559,7 +561,8 @@ def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices, p
 
 @needs_graphs
 @pytest.mark.parametrize("family", ["bloom", "falcon", "mpt"])
-def test_an_architecture_that_graphs_cannot_repeat_is_found_out(places: list[str], family: str) -> None:
+def test_an_architecture_that_graphs_cannot_repeat_is_found_out(devices: support.Devices, family: str) -> None:
+    places = devices(2)
     model = support.spread(models.build(support.family_or_skip(family)), places)
     expected = reply(model, places[0]).tolist()
     sharding = shard(model)

@@ -71,8 +71,8 @@ class Buffers:
                 del own, pair
                 lender.lend(cache, index, self)
         except BaseException:
-            for index in reversed(range(len(self.layers))):
-                lender.take_back(cache, index)
+            while self.layers:
+                lender.take_back(cache, len(self.layers) - 1)
                 self.layers.pop()
             raise
         self.is_whole = True
@@ -181,21 +181,20 @@ def _listed() -> _Listed:
 
 
 class _Own:
-    """An attribute of a lent layer: what the buffers say until somebody sets it."""
+    """An attribute of a lent cache or layer: what the buffers say until somebody sets it."""
 
-    def __init__(self, of_buffers: Any) -> None:
+    def __init__(self, name: str, of_buffers: Any) -> None:
+        self._name = name
         self._of_buffers = of_buffers
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+    def __get__(self, lent: Any, owner: type) -> Any:
+        own = vars(lent)
+        buffers = own.get("_lent")  # before the question: another thread may give the cache back meanwhile
+        return own[self._name] if self._name in own else self._of_buffers(lent, *buffers)
 
-    def __get__(self, layer: Any, owner: type) -> Any:
-        own = vars(layer)
-        return own[self._name] if self._name in own else self._of_buffers(layer, *own["_lent"])
-
-    def __set__(self, layer: Any, value: Any) -> None:
-        vars(layer)[self._name] = value
-        layer._lent[0].is_whole = False
+    def __set__(self, lent: Any, value: Any) -> None:
+        vars(lent)[self._name] = value
+        lent._lent[0].is_whole = False
 
 
 class _Layered:
@@ -248,9 +247,10 @@ def _lent_layer(plain: Any) -> Any:
     class LentLayer(plain):  # type: ignore[misc]
         __module__ = plain.__module__  # whoever looks for caches of transformers finds it
         _lent: tuple[Buffers, int]
-        keys = _Own(lambda layer, buffers, index: layer._seen(buffers.filled(index, 0)))
-        values = _Own(lambda layer, buffers, index: layer._seen(buffers.filled(index, 1)))
-        cumulative_length = _Own(lambda layer, buffers, index: buffers.length)
+        keys = _Own("keys", lambda layer, buffers, index: layer._seen(buffers.filled(index, 0)))
+        values = _Own("values", lambda layer, buffers, index: layer._seen(buffers.filled(index, 1)))
+        if plain.is_sliding:
+            cumulative_length = _Own("cumulative_length", lambda layer, buffers, index: buffers.length)
 
         def _seen(self, filled: Tensor) -> Tensor:
             """What a layer keeps for the next token: of a sliding window, all but its oldest."""
@@ -264,6 +264,10 @@ def _lent_layer(plain: Any) -> Any:
             if buffers.is_stepping:
                 return buffers.write(index, key_states, value_states)
             return super().update(key_states, value_states, *args, **kwargs)
+
+        def reset(self) -> None:
+            self.keys, self.values = self.keys, self.values  # it writes zeros into them
+            super().reset()
 
     return LentLayer
 
@@ -295,9 +299,8 @@ class _Listed:
         if type(cache) is not self.lent_class:
             return
         for tensors in (cache.key_cache, cache.value_cache):
-            if tensors.is_lent(index):
-                tensors[index] = tensors[index]
-        if index == len(cache) - 1:
+            tensors[index] = tensors[index]
+        if not cache.key_cache.is_any_lent():
             cache.key_cache, cache.value_cache = list(cache.key_cache), list(cache.value_cache)
             cache._seen_tokens = cache._seen_tokens
             cache.__class__ = self._plain_class
@@ -310,7 +313,7 @@ def _lent_cache(plain: Any) -> Any:
     class LentCache(plain):  # type: ignore[misc]
         __module__ = plain.__module__
         _lent: tuple[Buffers]
-        _seen_tokens = _Own(lambda cache, buffers: buffers.length)
+        _seen_tokens = _Own("_seen_tokens", lambda cache, buffers: buffers.length)
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
             is_lent = layer_idx < len(self) and self.key_cache.is_lent(layer_idx)
@@ -341,16 +344,25 @@ class _LentList(list):  # type: ignore[type-arg]
         """Whether the tensor is in buffers."""
         return index in self._lent
 
+    def is_any_lent(self) -> bool:
+        """Whether any tensor is."""
+        return bool(self._lent)
+
     def __getitem__(self, index: Any) -> Any:
-        if index in self._lent:
-            buffers, which = self._lent[index]
-            return buffers.filled(index, which)
-        return super().__getitem__(index)
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        lent = self._lent.get(range(len(self))[index])  # before its own: another thread may give the cache back
+        own = super().__getitem__(index)
+        return lent[0].filled(range(len(self))[index], lent[1]) if own is None and lent is not None else own
 
     def __setitem__(self, index: Any, tensor: Any) -> None:
-        if index in self._lent:
-            self._lent.pop(index)[0].is_whole = False
         super().__setitem__(index, tensor)
+        lent = self._lent.pop(range(len(self))[index], None)
+        if lent is not None:
+            lent[0].is_whole = False
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
+
+    def __reversed__(self) -> Iterator[Any]:
+        return (self[index] for index in reversed(range(len(self))))

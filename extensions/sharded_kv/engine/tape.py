@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,13 +57,15 @@ class Tape:
 
     Args:
         parts: graphs and transfers in their order.
+        constants: tensors that the graphs read and nobody else holds.
 
     Attributes:
         transfers: those among the parts.
     """
 
-    def __init__(self, parts: list[Segment | Transfer]) -> None:
+    def __init__(self, parts: list[Segment | Transfer], constants: list[Tensor] | None = None) -> None:
         self._parts = tuple(parts)
+        self._constants = constants or []
         self.transfers = tuple(part for part in parts if isinstance(part, Transfer))
 
     @property
@@ -80,6 +83,7 @@ class Tape:
         for segment in self.segments:
             segment.graph.reset()
         self._parts = self.transfers = ()
+        self._constants = []
 
 
 class Watch(TorchDispatchMode):
@@ -101,6 +105,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # operators that consist of others come whole there, views among them
+            raise CannotCapture("Part of its forward runs in inference mode.")
         self._check(func, args, kwargs)
         self.notes.append((func, self._note(args), self._note(tuple(kwargs.items()))))
         out = self.run(func, args, kwargs)
@@ -119,6 +125,8 @@ class Watch(TorchDispatchMode):
         """Refuse what no graph can hold."""
         if torch.Tag.nondeterministic_seeded in func.tags and _argument(func, args, kwargs, "dropout_p") != 0:
             raise CannotCapture(f"Its forward draws random numbers ({func}).")
+        if func is _aten.lift_fresh.default and not args[0].is_cpu:  # torch.tensor(), which copies out of our sight
+            raise CannotCapture("Its forward makes a tensor of Python's numbers on a GPU.")
         depends = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         if func is _aten.index.Tensor:  # only a mask's result has as many elements as it has
             depends = any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
@@ -156,35 +164,38 @@ class Capture(Watch):  # type: ignore[no-untyped-call]
         super().__init__()
         self._pools = pools
         self._parts: list[Segment | Transfer] = []
+        self._constants: list[Tensor] = []
         self._open: Segment | None = None
         self._stream: Any = None
         self._read: set[int] = set()  # the memory that operators read
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Capture what this thread runs within.
+        """Capture what this thread runs within. One capture at a time: others wait, they share streams.
 
         No garbage is collected meanwhile: a CUDA graph among it would be destroyed during the capture, which fails it.
         """
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with self:
-                yield
-            self._end()
-        except BaseException:
-            with contextlib.suppress(Exception):  # a capture that failed says so again when it is ended
+        with _one_at_a_time, _current_devices_kept(self._pools):
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                with self:
+                    yield
                 self._end()
-            Tape(self._parts).free()
-            raise
-        finally:
-            if collects:
-                gc.enable()
+            except BaseException:
+                with contextlib.suppress(Exception):  # a capture that failed says so again when it is ended
+                    self._end()
+                Tape(self._parts).free()
+                raise
+            finally:
+                if collects:
+                    gc.enable()
 
     def tape(self, outputs: list[Tensor]) -> Tape:
         """What was captured, but for copies that neither an operator nor the step's caller reads."""
         read = self._read | {_memory(tensor) for tensor in outputs}
-        return Tape([part for part in self._parts if isinstance(part, Segment) or _memory(part.target) in read])
+        parts = [part for part in self._parts if isinstance(part, Segment) or _memory(part.target) in read]
+        return Tape(parts, self._constants)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one operator in the graph of its device, or between two graphs if it copies from one to the other."""
@@ -214,16 +225,22 @@ class Capture(Watch):  # type: ignore[no-untyped-call]
         if device.type == "cpu":
             raise CannotCapture(f"Its forward copies a tensor of the shape {tuple(source.shape)} back to the CPU.")
         self._end()
-        if into is None:
+        if source.is_cpu:  # a constant, or the notes differ: it goes there once, and to where it is wanted each time
             with torch.inference_mode(False):
-                into = torch.zeros_like(source, device=device, dtype=kwargs.get("dtype") or source.dtype)
+                constant = source.to(device)
+            self._constants.append(constant)
+            self._turn_to(device)
+            args = (constant, *args[1:]) if into is None else (into, constant, *args[2:])
+            return cast(Tensor, func(*args, **kwargs))
+        if into is None:
+            layout = kwargs.get("memory_format") or torch.preserve_format
+            with torch.inference_mode(False):
+                dtype = kwargs.get("dtype") or source.dtype
+                into = torch.zeros_like(source, device=device, dtype=dtype, memory_format=layout)
         else:
             self._read.add(_memory(into))
-        if source.is_cpu:  # a constant: the notes tell if it is not
-            into.copy_(source)
-        else:
-            self._read.add(_memory(source))
-            self._parts.append(Transfer(source, into))
+        self._read.add(_memory(source))
+        self._parts.append(Transfer(source, into))
         return into
 
     def _turn_to(self, device: torch.device) -> None:
@@ -255,6 +272,21 @@ class Capture(Watch):  # type: ignore[no-untyped-call]
                 segment.graph.capture_end()
         finally:
             self._stream.__exit__(None, None, None)
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def _current_devices_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """The current device of each kind of `devices` is afterwards as it was."""
+    runtimes = {device.type: vram.runtime(device) for device in devices}
+    before = {kind: runtime.current_device() for kind, runtime in runtimes.items()}
+    try:
+        yield
+    finally:
+        for kind, runtime in runtimes.items():
+            runtime.set_device(before[kind])
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten._copy_from)
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
 class Stream:
@@ -58,6 +59,10 @@ class CUDAGraph:
     def __init__(self) -> None:
         self._steps: list[_Step] = []
         self._device: torch.device | None = None
+        self._made: set[int] = set()  # memory that operators of the capture made
+        self._before: dict[
+            int, tuple[torch.UntypedStorage, torch.UntypedStorage]
+        ] = {}  # other memory, and a copy of it
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         """From now on this thread's operators are captured."""
@@ -73,6 +78,9 @@ class CUDAGraph:
         if _thread.graph is not self:
             raise RuntimeError("This graph is not being captured.")
         _thread.graph = None
+        for memory, before in self._before.values():
+            memory.copy_(before)
+        self._before = {}
         for step in self._steps:
             known = {_memory(tensor) for tensor in _simulated((step.args, step.kwargs))}
             for tensor in _simulated(step.result):
@@ -81,11 +89,12 @@ class CUDAGraph:
 
     def replay(self) -> None:
         """Run all that was captured again, on the same memory."""
-        for step in self._steps:
-            result = step.run(step.func, step.args, dict(step.kwargs))
-            for old, new in zip(_simulated(step.result), _simulated(result), strict=True):
-                if _memory(old) != _memory(new):
-                    old.raw.copy_(new.raw)
+        with torch.inference_mode():  # in which tensors of both kinds may be written to
+            for step in self._steps:
+                result = step.run(step.func, step.args, dict(step.kwargs))
+                for old, new in zip(_simulated(step.result), _simulated(result), strict=True):
+                    if _memory(old) != _memory(new):
+                        old.raw.copy_(new.raw)
 
     def reset(self) -> None:
         """Forget what was captured."""
@@ -98,6 +107,8 @@ class CUDAGraph:
             RuntimeError: a real capture would not take it in.
         """
         kept = dict(kwargs)  # the backend rewrites a factory's device in place
+        self._refuse(func, args)
+        self._keep_what_is_written(func, args, kwargs)
         _thread.graph = None  # what the operator consists of belongs to it
         try:
             result = run(func, args, kwargs)
@@ -110,11 +121,34 @@ class CUDAGraph:
         places = {tensor.device for tensor in _simulated((args, kept, result))}
         if places - {self._device}:
             raise RuntimeError(f"{func} on {places} while a graph of {self._device} is captured")
-        reads = any(isinstance(item, (bool, int, float)) or _is_on_host(item) for item in _leaves(result))
-        if reads or (func.overloadpacket in _COPIES and any(_is_on_host(item) for item in _leaves(args))):
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func} to or from the host")
+        if any(isinstance(item, (bool, int, float)) or _is_on_host(item) for item in _leaves(result)):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func} reads a value back")
+        self._made.update(_memory(tensor) for tensor in results if _memory(tensor) not in known)
         self._steps.append(_Step(run, func, args, kept, result))
         return result
+
+    @staticmethod
+    def _refuse(func: Any, args: Any) -> None:
+        """What a stream that captures cannot do: it would have to wait."""
+        refused = "operation not permitted when stream is capturing:"
+        if func.overloadpacket in _COPIES and any(_is_on_host(item) for item in _leaves(args)):
+            raise RuntimeError(f"{refused} {func} from or to the host")
+        if func.overloadpacket in _INDEXING:
+            indices = [item for item in _leaves(args[1]) if isinstance(item, torch.Tensor)]
+            if any(index.dtype in (torch.bool, torch.uint8) or index.is_cpu for index in indices):
+                raise RuntimeError(f"{refused} {func} with a mask, or with indices on the host")
+        elif torch.Tag.dynamic_output_shape in func.tags:
+            raise RuntimeError(f"{refused} {func} has to know how many")
+
+    def _keep_what_is_written(self, func: Any, args: Any, kwargs: Any) -> None:
+        """A capture leaves alone what was there before."""
+        if not _writes(func):
+            return
+        for tensor in _simulated((args, kwargs)):
+            memory = _memory(tensor)
+            if memory not in self._made and memory not in self._before:
+                storage = tensor.raw.untyped_storage()
+                self._before[memory] = storage, storage.clone()
 
 
 class _Thread(threading.local):
