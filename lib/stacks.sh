@@ -45,7 +45,7 @@ run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
       continue
     fi
     [[ "$stack" != now ]] || run_checks
-    run_suite "$stack" "$@"
+    run_suite "$stack" "${stacks[-1]}" "$@"
   done
   [[ -n "$reporter" ]] || fail "There is no Python for any of these stacks: ${stacks[*]}."
   "$reporter" tests/stacks/report.py "$RESULTS"
@@ -65,13 +65,15 @@ check() { # NAME COMMAND...
   record check "$1" "$STEP_SECONDS" "$status"
 }
 
-run_suite() { # STACK PYTEST_OPTION...
-  local stack="$1" status=0 started=$SECONDS workers
-  shift
+run_suite() { # STACK LAST_STACK PYTEST_OPTION...
+  local stack="$1" last="$2" status=0 started=$SECONDS workers once=()
+  shift 2
+  # What no stack makes a difference to runs once.
+  [[ "$stack" == "$last" ]] || once=(--ignore tests/stacks --ignore-glob 'tests/tools/test_simulated*')
   workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
   printf '%s: running the tests\n' "$stack"
   "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
-    -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" "$@" || status=$?
+    -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${once[@]+"${once[@]}"} "$@" || status=$?
   record stack "$stack" "$((SECONDS - started))" "$status"
 }
 

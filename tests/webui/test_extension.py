@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from extensions.sharded_kv.engine.meter import Meter
@@ -50,6 +51,11 @@ class Wrapper(nn.Module):
 
     def generate(self, **kwargs: Any) -> Any:
         return self.model.generate(**kwargs)
+
+
+needs_graphs = pytest.mark.skipif(
+    not hasattr(transformers, "DynamicCache"), reason="no graph mode with this transformers"
+)
 
 
 # --- every way in which a model comes and goes ------------------------------------------------------------------------
@@ -341,6 +347,50 @@ def test_a_model_on_one_gpu_gets_a_reason_and_is_left_alone(webui: hosts.Webui, 
     assert webui.extension.state().tone == "idle"
     assert "one device" in webui.extension.state().sentence
     assert traces.left == []
+
+
+@needs_graphs
+def test_a_model_on_one_gpu_runs_by_graphs_where_that_was_chosen(
+    webui: hosts.Webui, places: list[str], reply: Reply, right: Right
+) -> None:
+    model = models.build("llama").to(places[0])
+    webui.load(model)
+    assert "Graph mode" in webui.extension.state().sentence
+    webui.extension.set_mode("graph")
+    assert webui.extension.state().tone == "on"
+    assert "graph mode" in webui.extension.state().sentence
+    assert reply(model) == right
+    assert webui.extension.state().snapshot.sharded.tokens > 0
+    webui.extension.set_mode("eager")
+    assert webui.extension.state().tone == "idle"
+
+
+@needs_graphs
+def test_graph_mode_stays_for_the_next_model(webui: hosts.Webui, build: Build, reply: Reply, right: Right) -> None:
+    webui.extension.set_mode("graph")
+    for _ in range(2):
+        model = build()
+        webui.load(model)
+        assert "graph mode" in webui.extension.state().sentence
+        assert reply(model) == right
+    assert webui.lines.of("ERROR") == []
+
+
+@needs_graphs
+def test_the_panel_says_why_a_token_came_without_graphs(webui: hosts.Webui, model: Any, places: list[str]) -> None:
+    webui.load(model)
+    webui.extension.set_mode("graph")
+    ids = torch.tensor([[5, 6, 7]], device=places[0])
+    with torch.no_grad():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=4,
+            do_sample=False,
+            output_attentions=True,
+            return_dict_in_generate=True,
+        )
+    assert "without graphs. output_attentions" in webui.extension.state().sentence
 
 
 # --- one line in the log for each model -------------------------------------------------------------------------------
