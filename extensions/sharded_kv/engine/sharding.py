@@ -144,8 +144,7 @@ class Sharding:
     @property
     def reason_for_eager(self) -> str:
         """In graph mode: one sentence on why the latest decode step ran without graphs; "" if it ran with them."""
-        graphs = self._runtime.graphs
-        return "" if graphs is None else graphs.reason
+        return next((graphs.reason for graphs in self._runtime.graphs.values() if graphs.reason), "")
 
     def enable(self) -> None:
         """Have the model run by our forwards. Takes effect between two blocks, also while a reply is written.
@@ -205,14 +204,18 @@ class Sharding:
     def _set_graphs(self) -> None:
         """Have graphs while enabled in graph mode, and none else."""
         graphs, wanted = self._runtime.graphs, self._mode == "graph" and self._forwards is not None
-        if wanted == (graphs is not None):
+        if wanted == bool(graphs):
             return
-        self._runtime.graphs = None
-        if graphs is not None:
-            graphs.close()
+        self._runtime.graphs = {}
+        for each in graphs.values():
+            each.close()
         model = None if self._model is None else self._model()
         if wanted and model is not None:
-            self._runtime.graphs = _graphs(model, self.placement, self._counter)
+            self._runtime.graphs = {
+                scope.name: Graphs(module, self.placement, self._counter)
+                for scope in self.placement.scopes
+                if writes_replies(type(module := model.get_submodule(scope.name)))
+            }
 
     def _step_aside(self, error: Exception) -> None:
         """Leave the model to accelerate after an error that may be our doing, so that no other reply is lost."""
@@ -228,15 +231,6 @@ class Sharding:
             if self._forwards is stale:
                 self.enable()
                 logger.warning("The model was moved or dispatched again. %s", self.reason or self.placement.describe())
-
-
-def _graphs(model: nn.Module, placement: Placement, counter: TrafficCounter) -> Graphs | None:
-    """Graphs for what of `model` writes replies; None if nothing does."""
-    for scope in placement.scopes:
-        module = model.get_submodule(scope.name)
-        if writes_replies(type(module)):
-            return Graphs(module, scope.name, placement, counter)
-    return None
 
 
 def _take_over(model: nn.Module, sharding: Sharding) -> None:
@@ -264,7 +258,7 @@ class _Runtime:
         self.lane = _Lane()
         self.sharding = weakref.ref(sharding)
         self.forwards: _Forwards | None = None
-        self.graphs: Graphs | None = None
+        self.graphs: dict[str, Graphs] = {}  # by the name of the scope whose forward is a step
 
     def run_block(self, block: Block, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run one block on its device."""
@@ -286,8 +280,8 @@ class _Runtime:
         forwards = self.forwards
         if forwards is not None and not forwards.hold:
             return forwards.renewed(scope)(*args, **kwargs)
-        graphs = self.graphs
-        if graphs is None or graphs.scope != scope.name:
+        graphs = self.graphs.get(scope.name)
+        if graphs is None:
             return self.run_model(scope, forward, args, kwargs)
         return graphs.step(
             args,
@@ -308,8 +302,8 @@ class _Runtime:
 
     def end_reply(self) -> None:
         """A reply of this thread is over."""
-        if self.graphs is not None:
-            self.graphs.end_reply()
+        for graphs in self.graphs.values():
+            graphs.end_reply()
 
     @staticmethod
     def run_block_within(

@@ -123,11 +123,11 @@ class Watch(TorchDispatchMode):
     @staticmethod
     def _check(func: Any, args: Any, kwargs: Any) -> None:
         """Refuse what no graph can hold."""
-        if torch.Tag.nondeterministic_seeded in func.tags and _argument(func, args, kwargs, "dropout_p") != 0:
+        if _draws(func) and _argument(func, args, kwargs, "dropout_p") != 0:
             raise CannotCapture(f"Its forward draws random numbers ({func}).")
         if func is _aten.lift_fresh.default and not args[0].is_cpu:  # torch.tensor(), which copies out of our sight
             raise CannotCapture("Its forward makes a tensor of Python's numbers on a GPU.")
-        depends = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        depends = _depends(func)
         if func is _aten.index.Tensor:  # only a mask's result has as many elements as it has
             depends = any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
         if depends and any(not tensor.is_cpu for tensor in _tensors(args)):
@@ -306,6 +306,18 @@ def _capture_stream(device: torch.device) -> Any:
 def _memory(tensor: Tensor) -> int:
     """Which memory it lies in: the same for a tensor and its views."""
     return tensor.untyped_storage().data_ptr()
+
+
+@functools.lru_cache(maxsize=4096)
+def _draws(func: Any) -> bool:
+    """Whether it may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.lru_cache(maxsize=4096)
+def _depends(func: Any) -> bool:
+    """Whether what it gives depends on values in such a way that a GPU is waited for."""
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 @functools.lru_cache(maxsize=4096)
