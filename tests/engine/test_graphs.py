@@ -677,6 +677,32 @@ def test_what_cannot_be_captured_is_tried_once_and_told_once(
 
 
 @needs_graphs
+def test_a_mask_without_positions_is_for_the_model_to_read(model: Any, sharding: Sharding, places: list[str]) -> None:
+    inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts(3).items()}
+    with torch.no_grad():
+        cache = model(**inputs, past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        model(inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert "no position_ids" in sharding.reason_for_eager
+
+
+@needs_graphs
+@pytest.mark.parametrize("door", ["_read", "_step", "_make_room", "_free"])
+def test_a_failure_of_ours_costs_nobody_a_reply(
+    model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.Graphs, door, fail)
+        assert reply(model, places[0]).tolist() == right()
+    assert "on purpose" in sharding.reason_for_eager
+    sharding.mode = "eager"
+    assert reply(model, places[0]).tolist() == right()
+
+
+@needs_graphs
 def test_where_buffers_do_not_fit_a_reply_runs_without_and_says_so(
     model: Any, sharding: Sharding, devices: support.Devices, places: list[str]
 ) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import caches, vram
+from . import caches, stacks, vram
 from .placement import CACHE_NAME, Placement
 from .tape import CannotCapture, Capture, Tape, Watch
 from .transfers import TrafficCounter, is_plain, tensors_in
@@ -134,6 +134,12 @@ class Graphs:
             return output
         except StepAside as aside:
             self._tell(str(aside))
+        except Exception as error:  # a defect of ours must not cost anybody a reply
+            self._hopeless = f"Graph mode has failed and is off for this model: {type(error).__name__}: {error}"
+            self.reason = self._hopeless
+            logger.exception("Without graphs: %s", self._hopeless)
+            with self._lock, contextlib.suppress(Exception):
+                self._free()
         finally:
             if self._is_closed:
                 self.close()
@@ -190,7 +196,7 @@ class Graphs:
             raise StepAside(f"{ids.shape[1]} tokens came at once (prompt lookup, assisted generation).")
         if torch.is_grad_enabled() or model.training:
             raise StepAside("Gradients are wanted, or the model is in training mode.")
-        if torch.is_autocast_enabled(ids.device.type):
+        if stacks.is_autocast_on(ids.device.type):
             raise StepAside("The model was called under autocast.")
         if ids.device != self._main_device:
             raise StepAside(f"The token ids are on {ids.device}, the model begins on {self._main_device}.")
@@ -220,6 +226,8 @@ class Graphs:
                 plain[name] = value
             else:
                 raise StepAside(f"The model was called with {name}, a {type(value).__name__}.")
+        if "position_ids" in self._names and mask is not None and "position_ids" not in tensors:
+            raise StepAside("The model was called with an attention mask and no position_ids.")
         # What the model would make of Python's numbers, which differ from step to step, it gets as tensors.
         for name, shape in (("position_ids", (ids.shape[0], 1)), ("cache_position", (1,))):
             if name in self._names and tensors.get(name) is None:

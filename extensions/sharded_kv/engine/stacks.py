@@ -1,4 +1,4 @@
-"""What older versions of transformers need on top, each difference once and under a name of its own."""
+"""What older versions of transformers and torch need on top, each difference once and under a name of its own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def keep_untraced(*functions: Callable[..., Any]) -> None:
         # Not imported for this: it takes seconds, and whoever compiles has imported it.
         if "torch._dynamo" in sys.modules:
             torch._dynamo.decorators.skip(function)
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device. Before torch 2.4 one asks without naming it."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:
+        return torch.is_autocast_enabled()
 
 
 def tuple_cache_swaps(modules: Iterable[nn.Module], counter: TrafficCounter) -> Iterator[Swap]:
