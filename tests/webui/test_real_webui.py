@@ -539,6 +539,24 @@ def test_a_reply_can_be_switched_off_and_on_in_its_midst(page: Any, webui: Webui
         assert reply.result().text == right.long.text
 
 
+def test_graph_mode_writes_the_same_with_a_lora_too(page: Any, webui: Webui, right: Right) -> None:
+    choose_mode(page, "graph")
+    assert webui.reply().text == right.reply.text
+    assert "without graphs" not in panel(page)
+    for call, data, expected in (("load", {"lora_names": [LORA]}, right.with_lora), ("unload", {}, right.reply)):
+        webui.post(f"internal/lora/{call}", **data)
+        assert webui.reply().text == expected.text
+        wait_until(page, lambda: "(graph mode)" in panel(page))
+        assert "without graphs" not in panel(page)
+    choose_mode(page, "eager")
+    assert webui.reply().text == right.reply.text
+
+
+def choose_mode(page: Any, mode: str) -> None:
+    page.click(f"#sharded_kv-mode input[value={mode}]")
+    wait_until(page, lambda: f"({mode} mode)" in panel(page))
+
+
 def test_measuring_on_and_off_ends_in_a_table(page: Any) -> None:
     page.click("#sharded_kv-measure")
     page.wait_for_selector("#sharded_kv [role=progressbar]")
