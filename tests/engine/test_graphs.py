@@ -541,6 +541,13 @@ def hooked(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_8_bit(model: Any) -> Iterator[None]:
+    model.is_loaded_in_8bit = True
+    yield
+    del model.is_loaded_in_8bit
+
+
+@contextlib.contextmanager
 def autocast(model: Any) -> Iterator[None]:
     with torch.autocast(model.device.type, torch.bfloat16):
         yield
@@ -549,8 +556,8 @@ def autocast(model: Any) -> Iterator[None]:
 @needs_graphs
 @pytest.mark.parametrize(
     ("state", "reason"),
-    [(training, "training"), (hooked, "hook"), (autocast, "autocast")],
-    ids=["training", "hooked", "autocast"],
+    [(training, "training"), (hooked, "hook"), (autocast, "autocast"), (in_8_bit, "8-bit")],
+    ids=["training", "hooked", "autocast", "8-bit"],
 )
 def test_a_model_in_a_state_that_graphs_would_miss_runs_without(
     model: Any, sharding: Sharding, places: list[str], state: Callable[[Any], Any], reason: str

@@ -194,6 +194,8 @@ class Graphs:
             raise StepAside("The model was called with something else than token ids.")
         if ids.shape[1] != 1:
             raise StepAside(f"{ids.shape[1]} tokens came at once (prompt lookup, assisted generation).")
+        if getattr(model, "is_loaded_in_8bit", False):
+            raise StepAside("Its 8-bit weights (bitsandbytes) have the host wait in every layer, which no graph can.")
         if torch.is_grad_enabled() or model.training:
             raise StepAside("Gradients are wanted, or the model is in training mode.")
         if stacks.is_autocast_on(ids.device.type):
@@ -253,7 +255,8 @@ class Graphs:
             self._refuse(call, str(error))
         except Exception as error:
             logger.debug("A capture failed.", exc_info=error)
-            self._refuse(call, f"The step could not be captured: {type(error).__name__}: {error}")
+            first = str(error).partition("\n")[0]  # CUDA's errors go on with advice for debugging
+            self._refuse(call, f"The step could not be captured: {type(error).__name__}: {first}")
 
     def _refuse(self, call: _Call, reason: str) -> NoReturn:
         """Never try steps of this look again."""
