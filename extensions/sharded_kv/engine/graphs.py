@@ -327,7 +327,7 @@ class _Held:
         self.owner: Callable[[], Any] = lambda: None
         self.thread = 0
         self._losses = 0
-        self._pools = {device: vram.runtime(device).graph_pool_handle() for device in devices}
+        self._devices = tuple(devices)
         self._steps: dict[Any, _Step] = {}
 
     def has(self, call: _Call) -> bool:
@@ -375,7 +375,7 @@ class _Held:
         """Run one step on the buffers."""
         step = self._steps.get(call.look)
         if step is None:
-            step = self._steps[call.look] = _Step(call, self.buffers, self._pools)
+            step = self._steps[call.look] = _Step(call, self.buffers, self._devices)
         output = step.run(call, run, counter)
         self.buffers.length += 1
         return output
@@ -387,16 +387,16 @@ class _Step:
     Args:
         call: the first of its kind.
         buffers: where its cache is.
-        pools: of each device, the pool for the memory of graphs.
+        devices: where the model is.
 
     Attributes:
         is_proven: the graphs have been compared with a step of this reply.
     """
 
-    def __init__(self, call: _Call, buffers: caches.Buffers, pools: dict[torch.device, Any]) -> None:
+    def __init__(self, call: _Call, buffers: caches.Buffers, devices: Iterable[torch.device]) -> None:
         self.is_proven = False
         self._buffers = buffers
-        self._pools = pools
+        self._devices = devices
         self._notes: list[Any] | None = None
         self._tape: Tape | None = None
         self._output: Any = None
@@ -454,7 +454,8 @@ class _Step:
         return output
 
     def _capture(self, call: _Call, run: Run) -> None:
-        capture = Capture(self._pools)
+        # A pool whose graphs are all gone cannot be used again.
+        capture = Capture({device: vram.runtime(device).graph_pool_handle() for device in self._devices})
         with _plain_mode(), capture.recording():
             output = self._run(call, run, TrafficCounter())  # nothing crosses before the replay
         self._output = _template(output, call.cache)
