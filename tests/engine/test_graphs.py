@@ -659,6 +659,33 @@ def test_a_reply_goes_on_without_when_it_outgrows_the_sliding_window(places: lis
 
 
 @needs_graphs
+@pytest.mark.skipif(Version("5") > VERSION, reason="this transformers has no mask of its own for a window")
+def test_a_window_that_the_cache_does_not_know_is_kept_to_as_well(places: list[str]) -> None:
+    model = support.spread(models.build("mistral-sliding", sliding_window=16), places)
+
+    def with_plain_cache() -> list[list[int]]:
+        return reply(model, places[0], tokens=30, past_key_values=transformers.DynamicCache()).tolist()
+
+    expected = with_plain_cache()
+    sharding = shard(model)
+    sharding.mode = "graph"
+    assert with_plain_cache() == expected
+    assert "window of 16" in sharding.reason_for_eager
+
+
+@needs_graphs
+def test_a_reply_of_nonsense_leaves_nothing_behind(model: Any, sharding: Sharding, places: list[str]) -> None:
+    weight = model.get_submodule("model.layers.0.self_attn.v_proj").weight
+    reply(model, places[0])
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+        reply(model, places[0], tokens=40)
+        weight.copy_(before)
+    assert reply(model, places[0]).tolist() == right()
+
+
+@needs_graphs
 def test_what_cannot_be_captured_is_tried_once_and_told_once(
     model: Any,
     sharding: Sharding,

@@ -68,6 +68,7 @@ class Buffers:
                     self.layers.append(self._room_for(pair))
                 for buffer, own in zip(self.layers[index], pair, strict=True):
                     buffer[:, :, : self.length].copy_(own)
+                    buffer[:, :, self.length :].zero_()  # a masked token counts 0 times its value, and 0 * NaN is NaN
                 del own, pair
                 lender.lend(cache, index, self)
         except BaseException:
@@ -82,8 +83,7 @@ class Buffers:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             if device not in self._positions:
                 self._positions[device] = torch.zeros(1, dtype=torch.int64, device=device)
-            # Zeros, since a masked token counts 0 times its value, and 0 * NaN is NaN.
-            keys, values = (t.new_zeros((*t.shape[:2], self.capacity, t.shape[3])) for t in pair)
+            keys, values = (t.new_empty((*t.shape[:2], self.capacity, t.shape[3])) for t in pair)
         return keys, values
 
     def give_back(self, cache: Any) -> None:

@@ -281,7 +281,7 @@ class Graphs:
         model = self._model()
         assert model is not None  # it is being called
         needed = call.length + 1
-        longest = caches.longest(call.cache)
+        longest = min(filter(None, (caches.longest(call.cache), _window(model))), default=None)
         if longest is not None and needed > longest:
             raise StepAside(f"The reply is longer than the model's sliding window of {longest} tokens.")
         held = self._held
@@ -503,6 +503,17 @@ def _reason_against(placement: Placement) -> str:
         if not hasattr(vram.runtime(device) if device.type != "cpu" else None, "CUDAGraph"):
             return f"Graphs need CUDA GPUs, and part of the model is on {device}."
     return ""
+
+
+def _window(model: nn.Module) -> int | None:
+    """The smallest window or chunk that the model's config speaks of; None if it has none.
+
+    A cache without windows does not tell: then the model's own mask leaves out what lies behind, and ours does not.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    sizes = [value for name, value in vars(text).items() if "window" in name or "chunk" in name]
+    return min((size for size in sizes if type(size) is int and size > 0), default=None)
 
 
 def _hooked(model: nn.Module) -> str:
