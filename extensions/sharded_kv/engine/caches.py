@@ -149,7 +149,7 @@ def buffers_of(value: Any) -> Buffers | None:
 
 def longest(cache: Any) -> int | None:
     """How many tokens it may hold and still keep them all: the size of its smallest sliding window; None without."""
-    windows = [layer.sliding_window for layer in getattr(cache, "layers", ()) if layer.is_sliding]
+    windows = [layer.sliding_window for layer in getattr(cache, "layers", ()) if getattr(layer, "is_sliding", False)]
     return min(windows, default=None)
 
 
@@ -202,8 +202,8 @@ class _Layered:
 
     def __init__(self) -> None:
         utils = sys.modules["transformers.cache_utils"]
-        plain = (utils.DynamicLayer, utils.DynamicSlidingWindowLayer)
-        self._lent_classes: dict[type, type] = {of: _lent_layer(of) for of in plain}
+        plain = (getattr(utils, name, None) for name in ("DynamicLayer", "DynamicSlidingWindowLayer"))
+        self._lent_classes: dict[type, type] = {of: _lent_layer(of) for of in plain if of is not None}
         self._plain_classes = {lent: plain for plain, lent in self._lent_classes.items()}
 
     def reason_against(self, cache: Any) -> str:
@@ -212,7 +212,7 @@ class _Layered:
         for layer in cache.layers:
             if type(layer) not in self._lent_classes and type(layer) not in self._plain_classes:
                 return f"A layer's cache is a {type(layer).__name__}, which graph mode does not know."
-            if not layer.is_initialized:
+            if not getattr(layer, "is_initialized", layer.keys is not None):
                 return "The cache is empty in some layers."
             if getattr(layer, "record_past", False):
                 return "The cache records what it drops from its sliding window."
@@ -235,7 +235,7 @@ class _Layered:
             return
         # In an order in which another thread may read the layer meanwhile.
         layer.keys, layer.values = layer.keys, layer.values
-        if layer.is_sliding:
+        if getattr(layer, "is_sliding", False):
             layer.cumulative_length = layer.cumulative_length
         layer.__class__ = self._plain_classes[type(layer)]
         del layer._lent
@@ -249,15 +249,15 @@ def _lent_layer(plain: Any) -> Any:
         _lent: tuple[Buffers, int]
         keys = _Own("keys", lambda layer, buffers, index: layer._seen(buffers.filled(index, 0)))
         values = _Own("values", lambda layer, buffers, index: layer._seen(buffers.filled(index, 1)))
-        if plain.is_sliding:
+        if getattr(plain, "is_sliding", False):
             cumulative_length = _Own("cumulative_length", lambda layer, buffers, index: buffers.length)
 
         def _seen(self, filled: Tensor) -> Tensor:
             """What a layer keeps for the next token: of a sliding window, all but its oldest."""
-            return filled[:, :, -self.sliding_window + 1 :] if self.is_sliding else filled
+            return filled[:, :, -self.sliding_window + 1 :] if getattr(plain, "is_sliding", False) else filled
 
-        def get_seq_length(self) -> int:
-            return super().get_seq_length() if "keys" in vars(self) else self._lent[0].length
+        def get_seq_length(self, *args: Any) -> int:
+            return super().get_seq_length(*args) if "keys" in vars(self) else self._lent[0].length
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             buffers, index = self._lent

@@ -99,7 +99,7 @@ class Graphs:
         self._devices = placement.devices
         self._main_device = placement.main_device
         self._counter = counter
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._is_closed = False
         self._hopeless = _reason_against(placement)
         self._refused: dict[Any, str] = {}
@@ -122,16 +122,13 @@ class Graphs:
             run: see `Run`.
         """
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = named.get(CACHE_NAME)
-        if cache is None or caches.is_empty(cache):
-            return eager()
         try:
-            with self._lock:
-                if self._is_closed:
-                    return eager()
-                output = self._step(self._read(named), run)
-            self.reason = ""
-            return output
+            if _goes_on(named.get(CACHE_NAME)):
+                with self._lock:
+                    if not self._is_closed:
+                        output = self._step(self._read(named), run)
+                        self.reason = ""
+                        return output
         except StepAside as aside:
             self._tell(str(aside))
         except Exception as error:  # a defect of ours must not cost anybody a reply
@@ -149,7 +146,10 @@ class Graphs:
         """This thread's reply is over: if somebody kept its cache, that gets tensors of its own."""
         with self._lock:
             if self._held is not None and self._held.thread == threading.get_ident():
-                self._held.dismiss()
+                try:
+                    self._held.dismiss()
+                except torch.cuda.OutOfMemoryError:  # then the buffers are that cache's, and nobody else's
+                    self._free()
 
     def close(self) -> None:
         """Free graphs and buffers, for good. Where a step is running, it does so at its end: nobody waits for it."""
@@ -161,9 +161,13 @@ class Graphs:
                 self._lock.release()
 
     def _free(self) -> None:
+        """Let go of graphs and buffers.
+
+        A cache that is in the buffers stays there, for its reply may be running in another thread: the buffers are its
+        own now, until they die with it. What it concatenates from now on lies elsewhere.
+        """
         held, self._held = self._held, None
         if held is not None:
-            held.dismiss()
             held.free()
 
     def _tell(self, reason: str) -> None:
@@ -271,7 +275,7 @@ class Graphs:
 
     def _give_up(self, reason: str) -> NoReturn:
         self._free()
-        if reason not in self._told:
+        if reason not in self._told and not self._is_closed:  # else the model was switched off in the midst of a step
             self._told.add(reason)
             logger.warning("Without graphs: %s", reason)
         raise StepAside(reason)
@@ -295,8 +299,7 @@ class Graphs:
         capacity = _capacity(needed, longest)
         if capacity >= self._too_large.get(call.batch, math.inf):
             raise StepAside(f"There is no room for a static cache of {capacity} tokens and its graphs.")
-        # Old buffers may hold this very cache, which takes its tensors along.
-        self._free()
+        self._free()  # old buffers that hold this very cache live until it has moved
         held = _Held(caches.Buffers(call.cache, capacity), self._devices)
         try:
             held.take(call.cache)
@@ -475,7 +478,8 @@ class _Step:
         self._replay(counter)
         for ours, theirs in zip(tensors_in(self._output), tensors_in(output), strict=True):
             difference, largest = (x.abs().max() for x in (_finite(ours) - _finite(theirs), _finite(theirs)))
-            if not bool(difference <= _TOLERANCE * largest):
+            is_far = (difference > _TOLERANCE * largest) | (ours.isnan() != theirs.isnan()).any()
+            if bool(is_far):
                 raise CannotCapture("Its graphs compute something else than its forward, though they look the same.")
         self.is_proven = True
 
@@ -505,6 +509,11 @@ def _reason_against(placement: Placement) -> str:
     return ""
 
 
+def _goes_on(cache: Any) -> bool:
+    """Whether something was said before: else the tokens that come are a prompt."""
+    return cache is not None and not caches.is_empty(cache)
+
+
 def _window(model: nn.Module) -> int | None:
     """The smallest window or chunk that the model's config speaks of; None if it has none.
 
@@ -512,7 +521,7 @@ def _window(model: nn.Module) -> int | None:
     """
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    sizes = [value for name, value in vars(text).items() if "window" in name or "chunk" in name]
+    sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     return min((size for size in sizes if type(size) is int and size > 0), default=None)
 
 
