@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine import graphs, tape
+from extensions.sharded_kv.engine import caches, graphs, tape
 from extensions.sharded_kv.tools import models, simulated
 from extensions.sharded_kv.tools.traffic import total
 from tests import support
@@ -192,6 +192,18 @@ def test_a_reply_that_outgrows_its_room_is_captured_again_and_loses_no_token(
 
 
 @needs_graphs
+def test_a_step_copies_nothing_out_of_the_buffers(
+    model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the cache was copied")
+
+    monkeypatch.setattr(caches.Buffers, "filled", fail)
+    assert reply(model, places[0]).tolist() == right()
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
 def test_another_batch_size_gets_graphs_of_its_own(
     model: Any, sharding: Sharding, places: list[str], captures: list[Any]
 ) -> None:
@@ -270,13 +282,13 @@ def test_many_replies_leak_no_byte(model: Any, sharding: Sharding, devices: supp
 def test_a_cache_that_outlives_its_reply_has_tensors_of_its_own(
     model: Any, sharding: Sharding, places: list[str]
 ) -> None:
-    caches = {}
+    kept = {}
     for mode in ("eager", "graph"):
         sharding.mode = mode
-        caches[mode] = reply(model, places[0], return_dict_in_generate=True).past_key_values
+        kept[mode] = reply(model, places[0], return_dict_in_generate=True).past_key_values
     reply(model, places[0], length=12)  # writes over the buffers
-    assert type(caches["graph"]) is type(caches["eager"])
-    for ours, theirs in zip(list_of(caches["graph"]), list_of(caches["eager"]), strict=True):
+    assert type(kept["graph"]) is type(kept["eager"])
+    for ours, theirs in zip(list_of(kept["graph"]), list_of(kept["eager"]), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-3, atol=1e-3)
         assert ours.untyped_storage().nbytes() == ours.numel() * ours.element_size()
 

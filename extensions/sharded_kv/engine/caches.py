@@ -212,7 +212,7 @@ class _Layered:
         for layer in cache.layers:
             if type(layer) not in self._lent_classes and type(layer) not in self._plain_classes:
                 return f"A layer's cache is a {type(layer).__name__}, which graph mode does not know."
-            if not getattr(layer, "is_initialized", layer.keys is not None):
+            if not (layer.is_initialized if hasattr(layer, "is_initialized") else layer.keys is not None):
                 return "The cache is empty in some layers."
             if getattr(layer, "record_past", False):
                 return "The cache records what it drops from its sliding window."

@@ -300,8 +300,8 @@ class Graphs:
         if capacity >= self._too_large.get(call.batch, math.inf):
             raise StepAside(f"There is no room for a static cache of {capacity} tokens and its graphs.")
         self._free()  # old buffers that hold this very cache live until it has moved
-        held = _Held(caches.Buffers(call.cache, capacity), self._devices)
         try:
+            held = _Held(caches.Buffers(call.cache, capacity), self._devices)
             held.take(call.cache)
         except torch.cuda.OutOfMemoryError as error:
             self._refuse_room(capacity, call, error)
