@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import vram
+from .transfers import tensors_in
 
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
@@ -110,8 +111,8 @@ class Watch(TorchDispatchMode):
         self._check(func, args, kwargs)
         self.notes.append((func, self._note(args), self._note(tuple(kwargs.items()))))
         out = self.run(func, args, kwargs)
-        for tensor in _tensors(out):
-            if not any(tensor is operand for operand in _tensors(args)):
+        for tensor in tensors_in(out):
+            if not any(tensor is operand for operand in tensors_in(args)):
                 tensor._sharded_kv_made = (self._here, self._made)  # type: ignore[attr-defined]
                 self._made += 1
         return out
@@ -129,8 +130,8 @@ class Watch(TorchDispatchMode):
             raise CannotCapture("Its forward makes a tensor of Python's numbers on a GPU.")
         depends = _depends(func)
         if func is _aten.index.Tensor:  # only a mask's result has as many elements as it has
-            depends = any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
-        if depends and any(not tensor.is_cpu for tensor in _tensors(args)):
+            depends = any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
+        if depends and any(not tensor.is_cpu for tensor in tensors_in(args)):
             raise CannotCapture(f"What its forward does depends on values that it reads back from a GPU ({func}).")
 
     def _note(self, value: Any) -> Any:
@@ -203,7 +204,7 @@ class Capture(Watch):  # type: ignore[no-untyped-call]
             return copied
         if _is_view(func):
             return func(*args, **kwargs)
-        operands = _tensors(args) + _tensors(tuple(kwargs.values()))
+        operands = list(tensors_in((args, kwargs)))
         devices = {tensor.device for tensor in operands}
         if isinstance(kwargs.get("device"), torch.device):
             devices.add(_indexed(kwargs["device"]))
@@ -339,12 +340,3 @@ def _indexed(device: torch.device) -> torch.device:
     if device.index is None and device.type not in ("cpu", "meta"):
         return torch.device(device.type, vram.runtime(device).current_device())
     return device
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors among an operator's operands or results."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
