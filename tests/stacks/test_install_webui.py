@@ -524,11 +524,13 @@ def test_an_uninstall_that_fails_leaves_what_was_there(v4, broken_path, command)
 
 
 def test_ctrl_c_while_pip_is_at_work_leaves_what_was_there(tmp_path, v4):
+    # A Python at work, as pip is one: sh ignores a Ctrl-C that comes while it is starting a command.
+    at_work = f"import pathlib, time; pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)"
     pip = f"""#!/bin/sh
     case "$*" in
       *"pip "*" list "*) echo pip==24.0 ;;
       *find_spec*) exit 1 ;;
-      *"pip "*" install "*) touch {tmp_path}/started; sleep 60 ;;
+      *"pip "*" install "*) exec {shlex.quote(sys.executable)} -c {shlex.quote(at_work)} ;;
     esac
     """
     make_executable(v4 / "venv/bin/python", pip)
