@@ -3,6 +3,7 @@
 
 STACKS=(2023 2024 now)
 RESULTS="$ROOT/.venv/results"
+SEED="$(date +%Y%m%d)" # of random tests: other ones each day, the same ones all day
 MAX_WORKERS=4 # Each test process loads torch: a gigabyte of memory or so.
 
 demo() { # DEMO_OPTION...
@@ -71,9 +72,9 @@ run_suite() { # STACK LAST_STACK PYTEST_OPTION...
   # What no stack makes a difference to runs once.
   [[ "$stack" == "$last" ]] || once=(--ignore tests/stacks --ignore-glob 'tests/tools/test_simulated*')
   workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
-  printf '%s: running the tests\n' "$stack"
+  printf '%s: running the tests, random ones from seed %s\n' "$stack" "$SEED"
   "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
-    -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${once[@]+"${once[@]}"} "$@" || status=$?
+    --hypothesis-seed "$SEED" -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${once[@]+"${once[@]}"} "$@" || status=$?
   record stack "$stack" "$((SECONDS - started))" "$status"
 }
 

@@ -123,7 +123,7 @@ class Way:
     Attributes:
         name: of the test's parameter.
         options: for `generate()`.
-        batch: how many prompts.
+        batch, length: how many prompts, of how many tokens.
         needs: whether this stack and model can do it.
         prepare: makes further options from the model and its inputs.
     """
@@ -134,13 +134,14 @@ class Way:
     needs: Callable[[PreTrainedModel], bool] = lambda model: True
     prepare: Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Any]] = lambda model, inputs: {}
     new_tokens: int = 10
+    length: int = 9
 
     def __str__(self) -> str:
         return self.name
 
     def run(self, model: PreTrainedModel, device: str) -> Reply:
         """Generate on `model`, whose inputs enter at `device`."""
-        inputs = {name: tensor.to(device) for name, tensor in prompts(self.batch).items()}
+        inputs = {name: tensor.to(device) for name, tensor in prompts(self.batch, self.length).items()}
         torch.manual_seed(0)
         with torch.no_grad():
             out = model.generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import UserDict, namedtuple
 
 import pytest
@@ -41,6 +42,14 @@ def test_a_tensor_crosses_once_however_often_it_is_asked_for(
     assert forward.move(mask, there) is forward.move(mask, there)
     assert counter.read().copies == {(str(here), str(there)): 1}
     assert counter.read().bytes == {(str(here), str(there)): 48}
+
+
+def test_a_copy_lives_no_longer_than_its_source(forward: Forward, here: torch.device, there: torch.device) -> None:
+    hidden = torch.ones(3, device=here)
+    copy = weakref.ref(forward.move(hidden, there))
+    assert copy() is not None
+    del hidden
+    assert copy() is None
 
 
 def test_a_tensor_in_place_is_returned_itself(forward: Forward, counter: TrafficCounter, here: torch.device) -> None:

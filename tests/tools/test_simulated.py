@@ -402,6 +402,13 @@ def test_resetting_all_peaks_resets_every_device() -> None:
     assert [simulated.peak(i) for i in (0, 1)] == [simulated.allocated(i) for i in (0, 1)]
 
 
+def test_the_peak_of_a_device_that_never_held_anything_may_be_reset() -> None:
+    simulated.start(8)
+    simulated.reset_peak(7)
+    assert simulated.peak(7) == 0
+    simulated.start(4)
+
+
 def test_an_in_place_operator_allocates_nothing() -> None:
     x = on(SIM1)
     before = simulated.allocated(1)

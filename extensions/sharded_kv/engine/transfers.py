@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -72,10 +73,10 @@ class TrafficCounter:
 class _Copy:
     """A tensor, its copy on another device, and how both looked when the copy was made.
 
-    Holding the source keeps its id from being given to another tensor while the memo lives.
+    The source is held weakly: a hidden state that has crossed dies as early as under accelerate, and its copy with it.
     """
 
-    source: Tensor
+    source: weakref.ref[Tensor]
     source_stamp: int
     copy: Tensor
     copy_stamp: int
@@ -191,7 +192,7 @@ class Forward:
 
     def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
         known = self._memo.get((id(tensor), device))
-        if known is not None and self._is_good(known):
+        if known is not None and self._is_good(known, tensor):
             copy: Tensor = known.copy
             return copy
         # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
@@ -200,11 +201,12 @@ class Forward:
         self._remember(tensor, device, copy)
         return copy
 
-    def _is_good(self, known: _Copy) -> bool:
+    def _is_good(self, known: _Copy, source: Tensor) -> bool:
         """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now."""
-        source, copy = known.source, known.copy
+        copy = known.copy
         return (
-            known.source_stamp == (-1 - self._turns if source.is_inference() else source._version)
+            known.source() is source
+            and known.source_stamp == (-1 - self._turns if source.is_inference() else source._version)
             and known.copy_stamp == (-1 - self._turns if copy.is_inference() else copy._version)
             and (not source.requires_grad or copy.requires_grad or not torch.is_grad_enabled())
             and (known.copy_stamp >= 0 or torch.is_inference_mode_enabled())
@@ -214,7 +216,10 @@ class Forward:
         self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
 
     def _remember(self, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
-        self._memo[id(tensor), device] = _Copy(tensor, self._stamp(tensor), copy, self._stamp(copy))
+        key, memo = (id(tensor), device), self._memo
+        # The record ends with its source, before the id can be another tensor's.
+        source = weakref.ref(tensor, lambda _: memo.pop(key, None))
+        memo[key] = _Copy(source, self._stamp(tensor), copy, self._stamp(copy))
 
     def _stamp(self, tensor: Tensor) -> int:
         """Changes when `tensor` was changed in place.

@@ -273,7 +273,7 @@ class _Memory:
         with self._lock:
             self._settle()
             for device in list(self._most) if index is None else [index]:
-                self._most[device] = self._used[device]
+                self._most[device] = self._used.get(device, 0)
 
     def free(self, index: int) -> int:
         """Bytes left on a device; of the nominal capacity where none is set."""
