@@ -164,6 +164,18 @@ def test_pickling_fails_as_under_accelerate_and_harms_nothing(places: list[str])
     torch.testing.assert_close(model(X.to(places[0])).cpu(), plain()(X))
 
 
+def test_a_model_on_one_device_can_be_pickled_in_graph_mode_too(places: list[str]) -> None:
+    model = models.build("llama", num_hidden_layers=2).to(places[0])
+    inputs = support.prompts()["input_ids"].to(places[0])
+    expected = model(inputs).logits
+    sharding = shard(model)
+    sharding.mode = "graph"
+    assert sharding.enabled
+    unpickled = pickle.loads(pickle.dumps(model))
+    assert torch.equal(unpickled(inputs).logits, expected)
+    assert not shard(unpickled).enabled
+
+
 def test_a_compiled_sharded_module_gives_the_same_output(places: list[str]) -> None:
     if not places[0].startswith("cuda"):
         pytest.skip("torch.compile cannot trace simulated devices")

@@ -7,6 +7,7 @@ import gc
 import inspect
 import logging
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -418,6 +419,7 @@ def test_switching_at_any_moment_from_another_thread_changes_no_token(model: Any
             sharding.disable()
             sharding.enable()
             switches.append(1)
+            time.sleep(0.001)  # or a busy thread takes Python's lock again before the reply has got it
 
     thread = threading.Thread(target=switch)
     thread.start()

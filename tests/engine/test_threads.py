@@ -1,8 +1,7 @@
-"""Several replies at once, switches at any moment, stops at any token: every reply is right and nobody waits for ever."""
+"""Several replies at once, switches at any moment, stops at any token: every reply is right, and nobody is stuck."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 import sys

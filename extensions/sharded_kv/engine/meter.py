@@ -300,7 +300,7 @@ class _Lane(threading.local):
 
 
 class _BeforeForward:
-    """The hook by which a module tells the meter that a forward begins. A deep copy of the module tells nobody."""
+    """The hook by which a module tells the meter that a forward begins. A copy of the module tells nobody."""
 
     def __init__(self, meter: Meter | None) -> None:
         self._meter = meter
@@ -311,6 +311,9 @@ class _BeforeForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeForward:
         return _BeforeForward(None)
+
+    def __reduce__(self) -> Any:
+        return _BeforeForward, (None,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,6 +27,10 @@ class Installed(functools.partial):  # type: ignore[type-arg]
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The deep copy of a model is as the model was before: with what stood here, bound to the copy."""
         return self.swap.before_for(copy.deepcopy(self.swap.owner, memo), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """So is a pickled one."""
+        return self.swap.reduced()
 
 
 class Swap:
@@ -68,6 +73,20 @@ class Swap:
         if self._before is not _MISSING:
             return copy.deepcopy(self._before, memo)
         return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
+
+    def reduced(self) -> tuple[Any, tuple[Any, ...]]:
+        """What was there, as pickle wants to be told how to make it."""
+        if self._before is not _MISSING:
+            return _itself, (self._before,)
+        return _bound, (inspect.getattr_static(type(self.owner), self.name), self.owner)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _bound(function: Any, owner: nn.Module) -> Any:
+    return types.MethodType(function, owner)
 
 
 class Installation:
