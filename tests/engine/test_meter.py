@@ -274,7 +274,10 @@ def test_replies_in_two_threads_are_both_counted(model: Any, places: list[str]) 
 def test_metering_a_step_costs_little(model: Any) -> None:
     """Per step: one call as a stopping criterion and one before each forward. 1 % of a 20 ms step is 200 us."""
     meter = shard(model).meter
-    clock, ids = _Reply(meter._counter, meter._is_sharded, meter._record), torch.zeros(1, 10, dtype=torch.long)
+    clock, ids = (
+        _Reply(meter._counter, meter._is_sharded, meter._record, meter._has_failed),
+        torch.zeros(1, 10, dtype=torch.long),
+    )
     meter._lane.reply = clock
     rounds = 2000
     started = time.perf_counter()

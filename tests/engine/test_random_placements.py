@@ -24,14 +24,14 @@ from extensions.sharded_kv.engine.transfers import Forward
 from extensions.sharded_kv.tools import models, simulated
 from tests import support
 
-CASES = 116  # of each family on each stack: over a thousand in all
-FAMILIES = ("llama", "gptj", "t5")
+# How many of each family, on each of three stacks: over a thousand in all. T5 takes twice as long as the others.
+CASES = {"llama": 145, "gptj": 135, "t5": 60}
 LAYERS = 2
 TOKENS = 3
 OFFLOADED = ("cpu", "disk")
 # Kinds of caches, and the ways of generating that make them.
 WAYS = {way.name: way for way in support.WAYS if way.name in ("greedy", "beams", "no-cache", "static-cache")}
-# Whether accelerate leaves the caches of all FAMILIES where they are. Before, it brings some to the main device, and
+# Whether accelerate leaves the caches of all of them where they are. Before, it brings some to the main device, and
 # the others need less memory than where each layer's cache stays.
 CACHES_STAY = Version("5") <= Version(transformers.__version__)
 HAS_GRAPHS = Version("4.44") <= Version(transformers.__version__)
@@ -176,7 +176,7 @@ def assert_no_more_memory(ours: Run, theirs: Run) -> None:
         assert sum(ours.peak) <= sum(theirs.peak) + sum(ours.shared)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_any_placement_replies_as_under_accelerate_with_no_more_traffic_and_memory(
     devices: support.Devices, family: str
 ) -> None:
@@ -184,7 +184,7 @@ def test_any_placement_replies_as_under_accelerate_with_no_more_traffic_and_memo
         pytest.skip("a thousand placements are for simulated devices")
 
     @hypothesis.settings(
-        max_examples=CASES,
+        max_examples=CASES[family],
         deadline=None,
         database=None,
         print_blob=True,

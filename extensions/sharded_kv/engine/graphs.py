@@ -148,7 +148,9 @@ class Graphs:
             if self._held is not None and self._held.thread == threading.get_ident():
                 try:
                     self._held.dismiss()
-                except torch.cuda.OutOfMemoryError:  # then the buffers are that cache's, and nobody else's
+                except Exception as error:  # then the buffers are that cache's, and nobody else's
+                    if not isinstance(error, torch.cuda.OutOfMemoryError):
+                        logger.exception("A cache could not be taken out of graph mode's buffers, and keeps them.")
                     self._free()
 
     def close(self) -> None:

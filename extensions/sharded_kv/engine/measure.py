@@ -105,6 +105,8 @@ def measure(
             if on not in counted:
                 with Observer(sharding.placement.devices) as observer:
                     counted[on] = observer, _reply(model, inputs, tokens, longest, goes_on)
+                if observer.failure is not None:
+                    raise observer.failure
                 tokens, longest = len(counted[on][1]), math.inf
             else:
                 _reply(model, inputs, tokens, longest, goes_on)

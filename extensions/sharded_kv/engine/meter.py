@@ -7,6 +7,7 @@ once for each step in every version of transformers and for every way of decodin
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -159,11 +160,16 @@ class Snapshot:
 
 
 class Meter:
-    """Measures the replies of one model. Holds the model weakly."""
+    """Measures the replies of one model. Holds the model weakly. A failure of its own costs nobody a reply.
+
+    Attributes:
+        failure: one sentence on why the latest reply was not measured, or not to its end; "" if it was.
+    """
 
     def __init__(
         self, counter: TrafficCounter, is_sharded: Callable[[], bool], end_reply: Callable[[], None] = lambda: None
     ) -> None:
+        self.failure = ""
         self._counter = counter
         self._is_sharded = is_sharded
         self._end_reply = end_reply
@@ -227,31 +233,42 @@ class Meter:
         # measured.
         if self._lane.reply is not None or len(args) > 3:
             return generate(*args, **kwargs)
-        reply = _Reply(self._counter, self._is_sharded, self._record)
-        kwargs["stopping_criteria"] = reply.among(kwargs.get("stopping_criteria"))
+        reply = _Reply(self._counter, self._is_sharded, self._record, self._has_failed)
+        self.failure = ""
         with self._lock:
             self._generating += 1
         try:
-            self._lane.reply = reply
-            self._look_at_memory(self._memory.begin)
+            reply.spared(self._begin, reply, kwargs)
             return generate(*args, **kwargs)
         finally:
             self._lane.reply = None
             self._end_reply()
-            reply.end()
+            reply.spared(reply.end)
             self._look_at_memory(self._memory.end)
             with self._lock:
                 self._generating -= 1
 
+    def _begin(self, reply: _Reply, kwargs: dict[str, Any]) -> None:
+        """Put the clock among the criteria in `kwargs`."""
+        kwargs["stopping_criteria"] = reply.among(kwargs.get("stopping_criteria"))
+        self._lane.reply = reply
+        self._look_at_memory(self._memory.begin)
+
     def before_forward(self, kwargs: dict[str, Any]) -> None:
         """A forward begins; its inputs tell where the cache is."""
         reply = self._lane.reply
-        if reply is None:
-            return
+        if reply is not None:
+            reply.spared(self._before_forward, reply, kwargs)
+
+    def _before_forward(self, reply: _Reply, kwargs: dict[str, Any]) -> None:
         reply.before_forward()
         if self._memory.is_due():
             self._memory.cache = _bytes_by_device(kwargs.get(CACHE_NAME))
             self._look_at_memory(self._memory.look)
+
+    def _has_failed(self, error: Exception) -> None:
+        self.failure = f"Measuring has failed: {type(error).__name__}: {error}"
+        logger.warning("The rest of this reply is not measured.", exc_info=error)
 
     def _look_at_memory(self, look: Callable[[tuple[torch.device, ...]], None]) -> None:
         """Reading memory must not cost anybody a reply, whatever a driver answers."""
@@ -341,14 +358,21 @@ class _Reply:
         counter: counts what crosses.
         is_sharded: whether sharding is on.
         record: takes each step.
+        failed: told of an error in measuring.
     """
 
     def __init__(
-        self, counter: TrafficCounter, is_sharded: Callable[[], bool], record: Callable[[_Reply, _Step], None]
+        self,
+        counter: TrafficCounter,
+        is_sharded: Callable[[], bool],
+        record: Callable[[_Reply, _Step], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         self._counter = counter
         self._is_sharded = is_sharded
         self._record = record
+        self._failed = failed
+        self._is_measured = True
         self.started = time.perf_counter()
         self._last: float | None = None
         self._length = 0
@@ -365,14 +389,29 @@ class _Reply:
             criteria = sys.modules["transformers"].StoppingCriteriaList()
         return type(criteria)([*criteria, self])
 
+    def spared(self, measure: Callable[..., None], *args: Any) -> None:
+        """Run a part of measuring. If it fails, this reply goes on and is not measured any more."""
+        if not self._is_measured:
+            return
+        try:
+            measure(*args)
+        except Exception as error:
+            self._is_measured = False
+            self._failed(error)
+            with contextlib.suppress(Exception):
+                self._stop_observing()
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-        """Note that a step has ended. Never stops generation."""
+        """A step has ended. Never stops generation."""
+        self.spared(self._note_step, input_ids.shape[1])
+        return False
+
+    def _note_step(self, length: int) -> None:
         if not self._went_forward:  # assisted generation also asks whether a mere candidate would be the end
-            return False
+            return
         self._went_forward = False
         observed = self._stop_observing()
         now, traffic, sharded = time.perf_counter(), self._counter.of_this_thread(), self._is_sharded()
-        length = input_ids.shape[1]
         if self._last is None:
             self._awaits_first = True
         elif sharded == self._sharded:  # a step during which it was switched belongs to neither
@@ -386,7 +425,6 @@ class _Reply:
                 step = _Step(seconds, tokens, None, None, sharded)
             self._record(self, step)
         self._last, self._length, self._traffic, self._sharded = now, length, traffic, sharded
-        return False
 
     def before_forward(self) -> None:
         """A forward begins: what the step before it had to wait for has been waited for."""
@@ -413,6 +451,8 @@ class _Reply:
         observer, self._observer = self._observer, None
         if observer is not None:
             observer.stop()
+            if observer.failure is not None:
+                raise observer.failure
         return observer
 
 

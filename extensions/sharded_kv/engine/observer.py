@@ -26,6 +26,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copies: number of copies for each (from, to) pair of devices, the host among them.
         bytes: bytes for each pair.
         peak: the most bytes that tensors of this process held on each of `devices`.
+        failure: what went wrong with looking, after which it looked no longer; None if nothing did.
     """
 
     def __init__(self, devices: tuple[torch.device, ...] = ()) -> None:
@@ -33,6 +34,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.copies: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.peak = {device: vram.allocated(device).now for device in devices}
+        self.failure: Exception | None = None
 
     def start(self) -> None:
         """Begin to look, where that and the end do not lie in one function."""
@@ -44,13 +46,20 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.failure is None:
+            try:
+                self._look(func, args, out)
+            except Exception as error:  # the operator has run: whose it is must not fail by our looking
+                self.failure = error
+        return out
+
+    def _look(self, func: Any, args: Any, out: Any) -> None:
         if getattr(func, "overloadpacket", None) in _COPYING:  # higher-order operators have none
             self._count(args[0], out)
         elif func is _aten.copy_.default:
             self._count(args[1], out)
         for device, peak in self.peak.items():
             self.peak[device] = max(peak, vram.allocated(device).now)
-        return out
 
     @property
     def bytes_between_gpus(self) -> int:

@@ -104,7 +104,8 @@ class Extension:
 
     def cancel_measuring(self) -> None:
         """Stop it at the next token."""
-        self._measuring.cancel("Cancelled.")
+        with self._guarded("cancelling"):
+            self._measuring.cancel("Cancelled.")
 
     # --- what the panel shows -----------------------------------------------------------------------------------------
 
@@ -141,11 +142,12 @@ class Extension:
             return "failed", f"{sharding.failure} Tick the box to try again; the log has the details."
         if not sharding.active:
             return "idle", f"{sharding.reason} {_GRAPHS if sharding.placement.is_alone else _HELP}"
+        unmeasured = f" {sharding.meter.failure} The log has the details." if sharding.meter.failure else ""
         if not sharding.enabled:
             alone = sharding.placement.is_alone
-            return "off", f"{'The model runs as ever' if alone else _ACCELERATE}: {_split(sharding)}"
+            return "off", f"{'The model runs as ever' if alone else _ACCELERATE}: {_split(sharding)}{unmeasured}"
         why = f" The latest token came without graphs. {sharding.reason_for_eager}" if sharding.reason_for_eager else ""
-        return "on", f"{NAME} runs the model ({sharding.mode} mode): {_split(sharding)}{why}"
+        return "on", f"{NAME} runs the model ({sharding.mode} mode): {_split(sharding)}{why}{unmeasured}"
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
