@@ -139,6 +139,17 @@ def big_number(page: Any) -> str:
     return page.inner_text("#sharded_kv .skv-main .skv-value")
 
 
+def test_the_page_is_for_this_machine_alone(demo: Demo) -> None:
+    listening = "0A"
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{demo.process.pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    addresses = [row[1].split(":") for row in rows if row[3] == listening]
+    assert [address for address, port in addresses if int(port, 16) == demo.port] == ["0100007F"]  # 127.0.0.1
+
+
 def test_the_state_is_there_as_soon_as_the_page_is(page: Any) -> None:
     assert says_on(page)
     assert "GPU 0" in panel(page)
