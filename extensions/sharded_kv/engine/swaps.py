@@ -72,13 +72,20 @@ class Swap:
         """A deep copy of what was there, for a deep copy of the owner."""
         if self._before is not _MISSING:
             return copy.deepcopy(self._before, memo)
-        return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
+        return self._of_class(owner)
 
     def reduced(self) -> tuple[Any, tuple[Any, ...]]:
         """What was there, as pickle wants to be told how to make it."""
         if self._before is not _MISSING:
             return _itself, (self._before,)
-        return _bound, (inspect.getattr_static(type(self.owner), self.name), self.owner)
+        attribute = self._of_class(self.owner)
+        if isinstance(attribute, types.MethodType):
+            return _bound, (attribute.__func__, self.owner)
+        return _itself, (attribute,)
+
+    def _of_class(self, owner: nn.Module) -> Any:
+        """What the owner's class gives it under the name."""
+        return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
 
 
 def _itself(value: Any) -> Any:
