@@ -42,6 +42,8 @@ CONSTRUCTORS = ("__init__", "__deepcopy__", "__reduce__")
 GUARDS = {
     *("Meter._run_reply", "Meter.before_forward", "Meter._has_failed", "Meter._look_at_memory"),
     *("_Reply.__call__", "_Reply.spared", "Observer.__torch_dispatch__"),
+    # How looking at operators ends, and what the model itself reads of a cache in graph mode's buffers.
+    *("Observer.stop", "_Reply._stop_observing", "Buffers.filled"),
     *("Measuring._run", "Measuring._set", "settings.defaults"),
 }
 # What the log alone speaks of: the panel shows what it still knows.
@@ -98,7 +100,7 @@ def test_a_part_that_fails_costs_nobody_a_reply(
         assert any("a <b>part</b> of ours" in sentence for sentence in said), said
 
 
-@pytest.mark.parametrize("part", PARTS_OF_GRAPHS)
+@pytest.mark.parametrize("part", [part for part in PARTS_OF_GRAPHS if part not in GUARDS])
 def test_a_part_of_graph_mode_that_fails_costs_nobody_a_reply(
     open_webui: Callable[..., hosts.Webui],
     model: Any,
