@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import time
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def _beat(state: PanelState) -> str:
     """What panel.js reads: that an answer came, and how the switches stand."""
     return (
         f'<i id="sharded_kv-beat" data-time="{time.time()}" data-activate="{str(state.activate).lower()}"'
-        f' data-mode="{state.mode}" hidden></i>'
+        f' data-mode="{html.escape(str(state.mode))}" hidden></i>'
     )
 
 
