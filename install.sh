@@ -17,7 +17,7 @@ sharded_kv: makes accelerate's multi-GPU generation fast.
 
   ./install.sh --demo [OPTION...]            spreads a tiny model over GPUs, real or simulated; options go to the demo
   ./install.sh --test                        runs the checks and the tests on every stack of tests/stacks/
-  ./install.sh --test --stack now            ... on one stack (2023, 2024 or now)
+  ./install.sh --test --stack now            ... on one stack (2023, 2024, gptqmodel or now)
   ./install.sh --test -- -k llama            ... with options for pytest
   ./install.sh --help                        this text
 

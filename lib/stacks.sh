@@ -1,7 +1,7 @@
 # install.sh --demo and --test: one virtual environment per stack of tests/stacks/. Sourced by install.sh.
 # shellcheck shell=bash
 
-STACKS=(2023 2024 now)
+STACKS=(2023 2024 gptqmodel now) # the last also runs what no stack makes a difference to
 RESULTS="$ROOT/.venv/results"
 SEED="$(date +%Y%m%d)" # of random tests: other ones each day, the same ones all day
 MAX_WORKERS=4 # Each test process loads torch: a gigabyte of memory or so.
@@ -33,10 +33,15 @@ run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
   rm -rf -- "$RESULTS"
   mkdir -p -- "$RESULTS"
   without_network_and_noise
-  local stack python reporter=""
+  local stack python command reporter=""
   for stack in "${stacks[@]}"; do
     if ! python="$(find_python "$stack")"; then
       printf '%s: skipped, it %s\n' "$stack" "$(why_no_python "$stack")"
+      record skip "$stack" 0 0
+      continue
+    fi
+    if command="$(missing_command "$stack")"; then
+      printf '%s: skipped, it needs %s: sudo apt-get install %s\n' "$stack" "$command" "$command"
       record skip "$stack" 0 0
       continue
     fi
@@ -67,14 +72,15 @@ check() { # NAME COMMAND...
 }
 
 run_suite() { # STACK LAST_STACK PYTEST_OPTION...
-  local stack="$1" last="$2" status=0 started=$SECONDS workers once=()
+  local stack="$1" last="$2" status=0 started=$SECONDS workers chosen=()
   shift 2
   # What no stack makes a difference to runs once.
-  [[ "$stack" == "$last" ]] || once=(--ignore tests/stacks --ignore-glob 'tests/tools/test_simulated*')
+  [[ "$stack" == "$last" ]] || chosen=(--ignore tests/stacks --ignore-glob 'tests/tools/test_simulated*')
+  while IFS= read -r file; do chosen+=("$file"); done < <(header "$stack" tests)
   workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
   printf '%s: running the tests, random ones from seed %s\n' "$stack" "$SEED"
   "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
-    --hypothesis-seed "$SEED" -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${once[@]+"${once[@]}"} "$@" || status=$?
+    --hypothesis-seed "$SEED" -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${chosen[@]+"${chosen[@]}"} "$@" || status=$?
   record stack "$stack" "$((SECONDS - started))" "$status"
 }
 
@@ -136,15 +142,15 @@ step() { # LABEL COMMAND...: one line with how long it took; what the command sa
 
 # --- finding a Python ---------------------------------------------------------------------------------------------------
 
-pythons_of() { # STACK: the versions it has wheels for, from the line "# pythons: 3.10 3.11" in its requirements
-  sed -n 's/^# pythons: //p' -- "$(requirements "$1")"
+header() { # STACK KEY: what "# KEY: ..." of its requirements says: pythons it runs on, commands it needs, tests if not all
+  sed -n "s/^# $2: //p" -- "$(requirements "$1")"
 }
 
 find_python() { # STACK: prints the first Python that suits it and can make environments
   local version candidate
   while IFS= read -r candidate; do
     version="$(version_of "$candidate")" || continue
-    [[ " $(pythons_of "$1") " == *" $version "* ]] || continue
+    [[ " $(header "$1" pythons) " == *" $version "* ]] || continue
     if "$candidate" -c "import ensurepip, venv" 2>/dev/null; then
       printf '%s' "$candidate"
       return
@@ -165,9 +171,17 @@ version_of() { # PYTHON: as "3.11"
   "$1" -c 'import sys; print("{}.{}".format(*sys.version_info))' 2>/dev/null
 }
 
+missing_command() { # STACK: prints the first command that installing it needs and that is not here, if any
+  local command
+  for command in $(header "$1" commands); do
+    command -v -- "$command" >/dev/null || { printf '%s' "$command" && return; }
+  done
+  return 1
+}
+
 why_no_python() { # STACK: the end of a sentence
   local candidate version wanted
-  wanted="$(pythons_of "$1")"
+  wanted="$(header "$1" pythons)"
   while IFS= read -r candidate; do
     version="$(version_of "$candidate")" || continue
     if [[ " $wanted " == *" $version "* ]]; then

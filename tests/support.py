@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,21 @@ def prompts(batch: int = 3, length: int = 9, seed: int = 0) -> dict[str, Tensor]
         ids[row, : row * 2] = PAD
         mask[row, : row * 2] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def save_lora(family: str, folder: Path, seed: int = 0) -> Path:
+    """A LoRA on the attention of a tiny model, with weights that are not zero. Skips the test without peft."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    tuned = peft.get_peft_model(models.build(family), config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    tuned.save_pretrained(str(folder))
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ def test_no_argument_shows_the_help_as_an_error(tmp_path):
     ("arguments", "named"),
     [
         (("--dmeo",), "'--dmeo'"),
-        (("--test", "--stack", "2022"), "2023 2024 now"),
-        (("--test", "--stack"), "2023 2024 now"),
+        (("--test", "--stack", "2022"), "2023 2024 gptqmodel now"),
+        (("--test", "--stack"), "2023 2024 gptqmodel now"),
         (("--test", "-k", "llama"), "--test -- -k"),
     ],
 )

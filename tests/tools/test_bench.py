@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -18,10 +19,10 @@ import pytest
 import torch
 import transformers
 
-from extensions.sharded_kv.tools import bench, models, simulated, traffic
+from extensions.sharded_kv.tools import bench, models, quantized, simulated, traffic
 
 DEVICES = ("sim:0", "sim:1")
-SETTING = bench.Setting("llama", None, "float32", "sim:2", 24, 6, 1, 1, tuple(bench.VARIANTS))
+SETTING = bench.Setting("llama", None, "float32", None, "sim:2", 24, 6, 1, 1, tuple(bench.VARIANTS))
 QUICK = ["--devices", "sim:2", "--layers", "2", "--context", "16", "--new-tokens", "4", "--rounds", "2"]
 GRAPHED = {name for name, variant in bench.VARIANTS.items() if variant.applied is bench.graphed}
 NAMES = [name for name in bench.VARIANTS if name not in GRAPHED or name in bench.default_variants(2)]
@@ -59,6 +60,13 @@ def run(*arguments: str) -> SimpleNamespace:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = bench.main(arguments)
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def refused(*arguments: str) -> str:
+    """What the command printed when it would not run."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit):
+        bench.main(arguments)
+    return err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -318,14 +326,41 @@ class TestARun:
         monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks) / 2)
         assert bench.copy_bandwidth(torch.device("sim:0"), size=100, copies=3) == 2 * 100 * 3 / 0.5
 
-    def test_the_floor_is_what_one_token_reads(self, monkeypatch):
-        monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-        config = models.config("llama")
-        floor = bench.bandwidth_floor(SETTING, config)
+    def test_the_floor_is_what_one_token_reads(self):
+        model = models.build("llama")
+        floor = bench.bandwidth_floor(SETTING, model.config, model, 1e9)
         hidden, inner, vocabulary, layers = 64, 128, models.VOCAB_SIZE, 6
         weights = layers * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + hidden + vocabulary * hidden
         assert floor["bytes_per_token"] == 4 * (weights + 2 * layers * SETTING.context * hidden)
         assert floor["seconds_per_token"] == round(floor["bytes_per_token"] / 1e9, 6)
+
+
+KINDS = [kind for kind, names in quantized.LIBRARIES.items() if any(map(importlib.util.find_spec, names))]
+
+
+class TestQuantization:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_all_variants_reply_with_one_gpus_logits(self, kind):
+        outcome = run(*QUICK, "--quantization", kind, "--check")
+        assert outcome.status == 0
+        label = bench.QUANTIZATIONS[kind]
+        assert f"| {label} {importlib.metadata.version(quantized.library_of(kind))} |" in outcome.out
+        names = bench.default_variants(2, kind)
+        assert list(rows(outcome.out)) == [configuration(name) for name in names]
+
+    @pytest.mark.skipif("8-bnb" not in KINDS, reason="no bitsandbytes here")
+    def test_8_bit_layers_have_no_graphs(self):
+        assert not GRAPHED & set(bench.default_variants(2, "8-bnb"))
+        assert "no graph can repeat" in refused(*QUICK, "--quantization", "8-bnb", "--variants", "graph")
+
+    def test_a_library_that_is_missing_is_named(self, monkeypatch):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+        assert "pip install bitsandbytes" in refused(*QUICK, "--quantization", "4-bnb")
+
+    def test_a_file_of_before_there_was_a_choice_still_makes_a_table(self, finished):
+        sizes = {key: value for key, value in finished.result.sizes.items() if key != "quantization"}
+        assert "| 32 " in bench.table([dataclasses.replace(finished.result, sizes=sizes)])
 
 
 class TestTooLittleMemory:

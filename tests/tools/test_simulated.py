@@ -945,6 +945,38 @@ def test_a_pickled_parameter_is_one_again() -> None:
     assert (weight.device, weight.requires_grad) == (torch.device(SIM1), False)
 
 
+class Numbered(nn.Parameter):
+    """A parameter of a class of its own, made as bitsandbytes makes its own."""
+
+    number: int
+
+    def __new__(cls, data: Tensor | None = None, number: int = 0) -> Numbered:
+        made = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data)
+        made.number = number
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Numbered:
+        twin = type(self).__new__(type(self))
+        twin.data, twin.number = self.data.clone(), self.number
+        return twin
+
+
+def test_a_parameter_of_another_class_keeps_it_and_its_device() -> None:
+    weight = Numbered(on(SIM1), number=7)
+    assert isinstance(weight, Numbered)
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.device, weight.number, weight.tolist()) == (torch.device(SIM1), 7, [1.0, 2.0, 3.0, 4.0])
+    assert (weight * 2).device == torch.device(SIM1)
+    with pytest.raises(RuntimeError, match="same device"):
+        weight + on(SIM0)
+
+
+def test_a_deep_copy_of_a_parameter_of_another_class_is_one_on_its_device() -> None:
+    twin = copy.deepcopy(Numbered(on(SIM1), number=7))
+    assert isinstance(twin, Numbered)
+    assert (twin.device, twin.number, twin.tolist()) == (torch.device(SIM1), 7, [1.0, 2.0, 3.0, 4.0])
+
+
 def test_nothing_is_pinned() -> None:
     assert not on(SIM1).is_pinned()
 

@@ -441,22 +441,7 @@ def test_a_model_that_is_loaded_while_switched_off_has_a_line_that_says_so(webui
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two LoRAs for the tiny model."""
-    return [save_lora(tmp_path_factory.mktemp("lora"), seed) for seed in (3, 4)]
-
-
-def save_lora(folder: Path, seed: int) -> Path:
-    """A LoRA whose weights are not zero."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
-    tuned = peft.get_peft_model(models.build("llama"), config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    tuned.save_pretrained(str(folder))
-    return folder
+    return [support.save_lora("llama", tmp_path_factory.mktemp("lora"), seed) for seed in (3, 4)]
 
 
 def add_lora(shared: Any, folder: Path) -> None:

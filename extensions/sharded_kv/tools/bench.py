@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from .. import shard
 from ..engine import vram
 from ..engine.placement import CACHE_NAME, align_hooks
-from . import models, simulated
+from . import models, quantized, simulated
 
 SIMULATED = "The GPUs are simulated on the CPU: memory is exact, times are the simulation's own."
 ONE_GPU = "one-gpu"
@@ -45,6 +46,7 @@ ONE_GPU = "one-gpu"
 # itself is allowed too: real GPUs do not add up in the same order each time.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}
 CHECKED_STEPS = 8
+WITHOUT_GRAPHS = "8-bnb"  # its layers wait for their device
 FEWEST_TOKENS = 4  # of a reply: the step to the second is not timed, and that to the last not by transformers 4.28
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
@@ -159,10 +161,10 @@ def knows_skip_keys() -> bool:
     return "skip_keys" in inspect.signature(accelerate.dispatch_model).parameters
 
 
-def default_variants(devices: int) -> list[str]:
+def default_variants(devices: int, quantization: str | None = None) -> list[str]:
     """Those that run on so many devices, with this stack."""
     left_out = set() if knows_skip_keys() else {"no-skip-keys"}
-    if not hasattr(transformers, "DynamicCache"):
+    if not hasattr(transformers, "DynamicCache") or quantization == WITHOUT_GRAPHS:
         left_out |= {name for name, variant in VARIANTS.items() if variant.applied is graphed}
     return [name for name, variant in VARIANTS.items() if name not in left_out and (devices > 1 or not variant.spread)]
 
@@ -190,6 +192,7 @@ class Setting:
         size: one of `models.REAL_SIZES`, or of `models.FAMILIES` for a tiny model.
         layers: how many of the model's layers; None for all.
         dtype: "float16", "bfloat16" or "float32".
+        quantization: one of `quantized.KINDS`; None for none.
         devices: "cuda:2" or "sim:2".
         context: tokens of a prompt and its reply together; `new_tokens` are the reply's.
         batch: prompts at once.
@@ -200,6 +203,7 @@ class Setting:
     size: str
     layers: int | None
     dtype: str
+    quantization: str | None
     devices: str
     context: int
     new_tokens: int
@@ -326,9 +330,11 @@ class Result:
 def run(setting: Setting, with_check: bool = False) -> Result:
     """Build the models, have all variants reply by turns, and say what came out; with a check, compare logits first."""
     config, devices = setting.config(), setting.torch_devices
-    floor = bandwidth_floor(setting, config) if devices[0].type == "cuda" else None
+    bandwidth = copy_bandwidth(devices[0]) if devices[0].type == "cuda" else None
     failures = Failures()
     built = _build_both(setting, config, failures)
+    model = next(filter(None, built.values()), None)
+    floor = bandwidth_floor(setting, config, model, bandwidth) if bandwidth and model is not None else None
     # Special tokens are among the first five, or in the upper half.
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, config.vocab_size // 2, (setting.batch, setting.context), generator=generator)
@@ -338,7 +344,7 @@ def run(setting: Setting, with_check: bool = False) -> Result:
     return Result(
         date=datetime.date.today().isoformat(),
         machine=_machine(devices),
-        versions={library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)},
+        versions=_versions(setting),
         sizes={**dataclasses.asdict(setting), "config": {name: getattr(config, name, None) for name in shape}},
         samples=samples,
         failures=dict(failures),
@@ -458,7 +464,7 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
     return float(f"{((logits - expected).abs().max() / expected.abs().max()).item():.3g}")
 
 
-def bandwidth_floor(setting: Setting, config: Any) -> dict[str, float]:
+def bandwidth_floor(setting: Setting, config: Any, model: Any, bandwidth: float) -> dict[str, float]:
     """The least that one token takes: its weights and cache are read once, by one GPU after the other.
 
     As gpt-fast counts it. For models all of whose layers keep the whole context.
@@ -467,15 +473,13 @@ def bandwidth_floor(setting: Setting, config: Any) -> dict[str, float]:
         bytes_per_second, read and written, of copies within a GPU's memory; bytes_per_token, of the weights (of the
         embedding one row is read) and of the cache of the whole context; seconds_per_token, one by the other.
     """
-    skeleton = _skeleton(config, setting.torch_dtype)
-    embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
-    weights = _size(weight for weight in skeleton.parameters() if weight is not embedding or weight is head)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    read = _size(weight for weight in quantized.weights(model) if weight is not embedding or weight is head)
     heads = config.num_attention_heads
     width = config.hidden_size // heads * (getattr(config, "num_key_value_heads", None) or heads)
     cache = 2 * config.num_hidden_layers * setting.batch * setting.context * width * embedding.element_size()
-    bandwidth = copy_bandwidth(setting.torch_devices[0])
-    seconds = _microseconds((weights + cache) / bandwidth)
-    return {"bytes_per_second": round(bandwidth), "bytes_per_token": weights + cache, "seconds_per_token": seconds}
+    seconds = _microseconds((read + cache) / bandwidth)
+    return {"bytes_per_second": round(bandwidth), "bytes_per_token": read + cache, "seconds_per_token": seconds}
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28, copies: int = 20) -> float:
@@ -503,16 +507,16 @@ def _build_both(setting: Setting, config: Any, failures: Failures) -> dict[str, 
         names = [name for name in setting.variants if VARIANTS[name].spread == spread]
         places = setting.places if spread else setting.places[:1]
         if names:
-            model = failures.attempt(names, build, config, setting.torch_dtype, places)
+            model = failures.attempt(names, build, config, setting.torch_dtype, places, setting.quantization)
             built.update(dict.fromkeys(names, model))
     return built
 
 
-def build(config: Any, dtype: torch.dtype, places: Sequence[int | str]) -> Any:
+def build(config: Any, dtype: torch.dtype, places: Sequence[int | str], quantization: str | None = None) -> Any:
     """A model with random weights, always the same: on one device, or spread over several by accelerate.
 
     As `from_pretrained(device_map=...)` does it, each weight is made on its own device, so that no device ever holds
-    more than its share, and what is no weight on the CPU.
+    more than its share, and what is no weight on the CPU. Those that are quantized are made in `dtype` first.
 
     Raises:
         torch.cuda.OutOfMemoryError: a device has no room for its share.
@@ -539,7 +543,12 @@ def build(config: Any, dtype: torch.dtype, places: Sequence[int | str]) -> Any:
     with _each_parameter(send_home):
         model = models.build(config, dtype)
     if len(places) == 1:
-        return model.to(_device(places[0]))
+        model = model.to(_device(places[0]))
+    if quantization:
+        quantized.quantize(model, quantization)
+        _give_back_memory(homes.values())
+    if len(places) == 1:
+        return model
     skip_keys = {"skip_keys": getattr(model, "_skip_keys_device_placement", None)} if knows_skip_keys() else {}
     return accelerate.dispatch_model(model, device_map, main_device=places[0], **skip_keys)
 
@@ -567,17 +576,22 @@ def _each_parameter(then: Callable[[nn.Module, str], None]) -> Iterator[None]:
 
 
 def _require_room(homes: Mapping[nn.Module, torch.device]) -> None:
+    _give_back_memory(homes.values())
     for device in set(homes.values()):
         needed = sum(_size(module.parameters(recurse=False)) for module, home in homes.items() if home == device)
-        gc.collect()
-        vram.runtime(device).empty_cache()
         free, _ = vram.runtime(device).mem_get_info(device)
         if needed > free:
             raise torch.cuda.OutOfMemoryError(_missing(device, needed - free))
 
 
+def _give_back_memory(devices: Iterable[torch.device]) -> None:
+    gc.collect()
+    for device in set(devices):
+        vram.runtime(device).empty_cache()
+
+
 def _bytes_on(device: torch.device, model: nn.Module) -> int:
-    return _size(tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == device)
+    return _size(tensor for tensor in quantized.tensors(model) if tensor.device == device)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
@@ -630,7 +644,9 @@ def _missing(device: object, size: float) -> str:
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
-QUANTIZATIONS = {"float16": "16", "bfloat16": "16 (bf16)", "float32": "32"}
+DTYPES = {"float16": "16", "bfloat16": "16 (bf16)", "float32": "32"}
+_STACK = ("torch", "transformers", "accelerate")
+QUANTIZATIONS = {"8-bnb": "8 w/bnb", "4-bnb": "4 w/bnb", "4-gptq": "4 w/gptq"}
 HEADER = (
     *("model", "size", "quantization", "GPU configuration", "seconds/token", "total peak VRAM"),
     *("decode / 1 GPU", "first token / 1 GPU", "VRAM / 1 GPU"),
@@ -670,7 +686,16 @@ def _rows(result: Result) -> Iterator[tuple[str, ...]]:
     for name in sizes["variants"]:
         variant = VARIANTS[name]
         where = ", ".join(filter(None, [_counted(gpus if variant.spread else gpus[:1]), variant.label]))
-        yield model, size, QUANTIZATIONS[sizes["dtype"]], where, *_figures(result, name)
+        yield model, size, _weights(result), where, *_figures(result, name)
+
+
+def _weights(result: Result) -> str:
+    """As "16", or "4 w/bnb 0.50.2"."""
+    kind = result.sizes.get("quantization")  # files of before 2026-11-24 have none
+    if not kind:
+        return DTYPES[result.sizes["dtype"]]
+    others = [version for library, version in result.versions.items() if library not in _STACK]
+    return " ".join((QUANTIZATIONS[kind], *others))
 
 
 def _figures(result: Result, name: str) -> tuple[str, ...]:
@@ -698,7 +723,7 @@ def _caption(result: Result) -> str:
     about = [_counted(machine["gpus"])]
     about += [f"{name} {machine[key]}" for name, key in (("driver", "driver"), ("CUDA", "cuda")) if machine[key]]
     about += [machine["cpu"], f"Python {machine['python']}"]
-    about += [f"{library} {version}" for library, version in result.versions.items()]
+    about += [f"{library} {result.versions[library]}" for library in _STACK]
     text = (
         f"{result.date}: {', '.join(about)}. Batch {sizes['batch']}, {sizes['context']} tokens of context, the last "
         f"{sizes['new_tokens']} of them new; {sizes['rounds']} rounds. Medians; ratios (least to greatest) are paired "
@@ -729,6 +754,14 @@ def write_between_markers(file: Path, text: str) -> None:
     if not found or BEGIN in rest or END in before + after:
         sys.exit(f"{file} needs a line {BEGIN} and below it a line {END}, each once, to have the table between.")
     file.write_bytes(f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
+
+
+def _versions(setting: Setting) -> dict[str, str]:
+    versions = {name: str(sys.modules[name].__version__) for name in _STACK}
+    if setting.quantization:
+        name = quantized.library_of(setting.quantization)
+        versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _machine(devices: Sequence[torch.device]) -> dict[str, Any]:
@@ -809,10 +842,26 @@ def _setting(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Se
     if kind == "sim":
         simulated.start(int(count))
     chosen = {name: getattr(options, name) or default for name, default in DEFAULTS[kind].items()}
-    variants = options.variants or default_variants(int(count))
+    if options.quantization and not options.dtype:
+        chosen["dtype"] = "float16"  # what these layers are made for
+    variants = options.variants or default_variants(int(count), options.quantization)
     if int(count) == 1 and any(VARIANTS[name].spread for name in variants):
         parser.error(f"--devices {devices}: for these --variants give at least two.")
-    setting = Setting(layers=options.layers, devices=devices, batch=options.batch, variants=tuple(variants), **chosen)
+    if options.quantization == WITHOUT_GRAPHS and any(VARIANTS[name].applied is graphed for name in variants):
+        parser.error(f"--quantization {WITHOUT_GRAPHS}: its layers wait for their device, which no graph can repeat.")
+    setting = Setting(
+        layers=options.layers,
+        quantization=options.quantization,
+        devices=devices,
+        batch=options.batch,
+        variants=tuple(variants),
+        **chosen,
+    )
+    try:
+        if options.quantization:
+            quantized.library_of(options.quantization)
+    except ModuleNotFoundError as error:
+        parser.error(f"--quantization {error}.")
     try:
         config = setting.config()
     except NotImplementedError as error:
@@ -838,7 +887,12 @@ def _parser() -> argparse.ArgumentParser:
         "--size", choices=sizes, metavar="SIZE", help=f"{', '.join(models.REAL_SIZES)}, or a tiny model"
     )
     parser.add_argument("--layers", type=_positive, help="how many of the model's layers (default: all)")
-    parser.add_argument("--dtype", choices=QUANTIZATIONS, help="default: float16, simulated float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16, simulated and unquantized float32")
+    parser.add_argument(
+        "--quantization",
+        choices=quantized.KINDS,
+        help="8 or 4 bits of bitsandbytes (4: nf4, double quantization), or 4 of GPTQ (default: none)",
+    )
     parser.add_argument("--devices", help="cuda:N or sim:N (default: cuda:2 if there are two GPUs, else sim:2)")
     parser.add_argument("--context", type=_positive, help="tokens of prompt and reply (default: 2048, simulated 64)")
     parser.add_argument("--new-tokens", type=_positive, help="tokens of the reply (default: 32, simulated 8)")

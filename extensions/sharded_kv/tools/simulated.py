@@ -643,6 +643,29 @@ class SimTensor(torch.Tensor):
         )
 
 
+@functools.cache
+def _subclass_on_devices(cls: Any) -> Any:
+    """`cls`, a class of parameters (of bitsandbytes, say), for parameters on simulated devices."""
+
+    def new(kind: Any, data: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        # A copy begins without data, which is then set: that cannot be on the CPU.
+        return cls.__new__(kind, torch.empty(0, device="sim") if data is None else data, *args, **kwargs)
+
+    members = {"__slots__": (), "__module__": cls.__module__, "__new__": new}
+    return type(cls.__name__, (cls, SimTensor), members)
+
+
+def _make_subclass(cls: Any, data: torch.Tensor, requires_grad: bool = False, **kwargs: Any) -> Any:
+    """`Tensor._make_subclass` for simulated tensors as well: torch's own takes none that is of a subclass already."""
+    if not isinstance(data, SimTensor):
+        return _make_subclass_in_torch(cls, data, requires_grad, **kwargs)
+    kind = cls if issubclass(cls, SimTensor) else _subclass_on_devices(cls)
+    return _shell(data.raw, data.device_index, data.block, kind).requires_grad_(requires_grad)
+
+
+_make_subclass_in_torch = torch.Tensor._make_subclass
+
+
 class _Storage:
     """What other code asks a storage for: where it is and how large. Its numbers are reached through tensors only."""
 
@@ -672,9 +695,9 @@ def _deepcopy_data(tensor: SimTensor, memo: dict[int, Any]) -> SimTensor:
     return _shell(raw, tensor.device_index, block)
 
 
-def _shell(raw: torch.Tensor, index: int, block: _Block) -> SimTensor:
+def _shell(raw: torch.Tensor, index: int, block: _Block, kind: type[SimTensor] = SimTensor) -> SimTensor:
     tensor = torch.Tensor._make_wrapper_subclass(
-        SimTensor, raw.shape, raw.stride(), raw.storage_offset(), None, raw.dtype, torch.strided, _device(index)
+        kind, raw.shape, raw.stride(), raw.storage_offset(), None, raw.dtype, torch.strided, _device(index)
     )
     tensor.raw = raw
     tensor.device_index = index
@@ -729,7 +752,7 @@ class _Call:
             RuntimeError: it lies on another device than those before it.
         """
         kind = type(value)
-        if kind is SimTensor:
+        if kind is SimTensor or isinstance(value, SimTensor):
             if value.device_index != self.index or self.device is None:
                 self.meet(_device(value.device_index))
                 self.index = value.device_index
@@ -833,7 +856,7 @@ def _compute(op: _Op, args: Any, kwargs: Any) -> Any:
         return op.func(*raw_args, **raw_kwargs)  # a new tensor on the CPU or the meta device, shaped like this one
     written = [args[position] if position < len(args) else kwargs.get(name) for name, position in op.writes]
     for value in written:
-        if type(value) is not SimTensor and isinstance(value, torch.Tensor):
+        if not isinstance(value, SimTensor) and isinstance(value, torch.Tensor):
             call.meet(value.device)
     result = _draw(op, cast(int, call.index), raw_args, raw_kwargs)
     if op.reshapes:
@@ -879,7 +902,7 @@ def _follow(tensor: Any) -> None:
     if isinstance(tensor, (list, tuple)):
         for item in tensor:
             _follow(item)
-    if type(tensor) is not SimTensor:
+    if not isinstance(tensor, SimTensor):
         return
     raw, block = tensor.raw, tensor.block
     storage = raw.untyped_storage()
@@ -925,7 +948,7 @@ def _decompose(op: _Op, args: Any, kwargs: Any) -> Any:
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.raw if type(tensor) is SimTensor else tensor
+    return tensor.raw if isinstance(tensor, SimTensor) else tensor
 
 
 def _count_copy(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -985,7 +1008,7 @@ def _index_on(device: torch.device, index: torch.Tensor | None) -> torch.Tensor 
 
 
 def _where(op: _Op, args: Any, kwargs: Any) -> Any:
-    device = next(value.device for value in args if type(value) is SimTensor)
+    device = next(value.device for value in args if isinstance(value, SimTensor))
     return _compute(op, [_brought(value, device) for value in args], kwargs)
 
 
@@ -997,14 +1020,14 @@ def _brought(value: Any, device: torch.device) -> Any:
 
 def _masked_fill(op: _Op, args: Any, kwargs: Any) -> Any:
     tensor, mask, value = args
-    if type(value) is type(tensor) is SimTensor and value.dim() == 0:
+    if isinstance(value, SimTensor) and isinstance(tensor, SimTensor) and value.dim() == 0:
         return _compute(op, (tensor, mask, _host_scalar(value)), kwargs)
     return _compute(op, args, kwargs)
 
 
 def _fill(op: _Op, args: Any, kwargs: Any) -> Any:
     tensor, value = args
-    if type(value) is SimTensor and value.dim() == 0 and value.device != tensor.device:
+    if isinstance(value, SimTensor) and value.dim() == 0 and value.device != tensor.device:
         return op.func(tensor, _host_scalar(value))
     return _compute(op, args, kwargs)
 
@@ -1279,6 +1302,7 @@ def _replace_in_torch() -> None:
     backward = _backend.backward.wrapped(torch.autograd.graph._engine_run_backward)
     torch.autograd.graph._engine_run_backward = backward
     torch.autograd._engine_run_backward = backward  # type: ignore[attr-defined]
+    torch.Tensor._make_subclass = staticmethod(_make_subclass)  # type: ignore[assignment]
     module = torch.get_device_module("sim")
     torch.accelerator.current_device_index = module.current_device
     torch.accelerator.set_device_index = module.set_device
