@@ -106,11 +106,11 @@ def _onto_simulated_devices(quantize: Callable[[Any, Any], Any]) -> Callable[[An
 
 def _to_8bit(linear: nn.Linear) -> nn.Module:
     """LLM.int8(), as `load_in_8bit` has it."""
-    library, device = bitsandbytes(), linear.weight.device
+    library = bitsandbytes()
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     layer = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
-    weight = linear.weight.data.cpu()  # only from there does it quantize
-    layer.weight = library.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    weight = library.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.weight = weight._quantize(linear.weight.device)  # its to() does that for what comes from the CPU alone
     layer.bias = linear.bias
     return layer
 
