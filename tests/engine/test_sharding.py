@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine.swaps import Installed
 from extensions.sharded_kv.engine.transfers import Forward
 from extensions.sharded_kv.tools import models
 from tests import support
@@ -511,17 +513,111 @@ def test_the_loss_of_a_simple_dispatched_model_meets_its_labels(places: list[str
     assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
 
 
-def test_an_error_in_our_part_of_a_forward_switches_sharding_off(
-    model: Any, places: list[str], right: list[list[int]], monkeypatch: pytest.MonkeyPatch
+class FailsLater:
+    """In place of a method: from one call on it raises, before it has done anything.
+
+    Args:
+        owner, name: whose method.
+        calls: how many go well.
+        error: what it raises then.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: Exception) -> None:
+        original, self.failures = vars(owner)[name], 0
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls -= 1
+            if calls >= 0:
+                return original(*args, **kwargs)
+            self.failures += 1
+            raise error
+
+        patch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("part", "way"),
+    [
+        *((part, "greedy") for part in ("enter", "move_inputs", "move_home", "_copy", "close")),
+        *((part, way) for part in ("move_home", "_copy") for way in ("beams", "guidance")),
+    ],
+)
+def test_an_error_in_our_part_of_a_forward_has_accelerate_go_on_from_there(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, part: str, way: str
+) -> None:
+    chosen = next(one for one in support.WAYS if one.name == way)
+    if not chosen.needs(model):
+        pytest.skip(f"no {way} on this stack")
+    right = support.on_cpu("llama", chosen).tokens.tolist()
+    sharding = shard(model)
+    for calls in (3, 20):  # in the midst of the prompt's forward, in that of a token
+        with monkeypatch.context() as patch:
+            failing = FailsLater(patch, Forward, part, calls, TypeError("of ours"))
+            assert chosen.run(model, places[0]).tokens.tolist() == right
+        if failing.failures:
+            assert not sharding.enabled
+            assert sharding.failure.endswith("TypeError: of ours")
+        sharding.enable()
+        assert sharding.failure == ""
+
+
+@pytest.mark.parametrize("part", ["enter", "move_inputs", "move_home", "_copy"])
+def test_so_do_models_whose_blocks_all_send_their_outputs_back(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    right = support.on_cpu("gptj", support.GREEDY).tokens.tolist()
+    model = models.build("gptj")
+    model = support.simple_dispatch(model, models.device_map(model, places))
+    sharding = shard(model)
+    for calls in (3, 20):
+        with monkeypatch.context() as patch:
+            failing = FailsLater(patch, Forward, part, calls, TypeError("of ours"))
+            assert tokens(model, places[0]) == right
+        assert not sharding.enabled or not failing.failures
+        sharding.enable()
+
+
+def test_after_an_error_of_ours_the_model_has_accelerates_own_forwards(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    shard(model)
+    FailsLater(monkeypatch, Forward, "move_inputs", 7, TypeError("of ours"))
+    tokens(model, places[0])
+    assert all(vars(module).get("forward") is before[name] for name, module in model.named_modules())
+
+
+def test_an_error_of_ours_is_logged_once_however_often_it_would_recur(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard(model)
+    FailsLater(monkeypatch, Forward, "_copy", 0, TypeError("of ours"))
+    tokens(model, places[0])
+    assert [record.levelname for record in caplog.records if "error in our part" in record.message] == ["ERROR"]
+
+
+def test_a_moved_model_whose_placement_cannot_be_read_again_is_accelerates(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sharding = shard(model)
-    with monkeypatch.context() as broken:
-        broken.setattr(Forward, "_copy", None)
-        with pytest.raises(TypeError):
-            tokens(model, places[0])
-    assert not sharding.enabled
-    assert "TypeError" in sharding.failure
-    assert tokens(model, places[0]) == right
+    model.to(places[1])
+    FailsLater(monkeypatch, sys.modules[Sharding.__module__], "read_placement", 0, TypeError("of ours"))
+    with pytest.raises(RuntimeError, match="device"):  # its hooks send the inputs to where the weights were
+        tokens(model, places[1])
+    assert not any(isinstance(vars(module).get("forward"), Installed) for module in model.modules())
+    assert sharding.failure.endswith("TypeError: of ours")
+
+
+def test_too_little_memory_for_our_copy_is_nobodys_defect(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharding = shard(model)
+    FailsLater(monkeypatch, Forward, "_copy", 3, torch.cuda.OutOfMemoryError("2 GiB"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        tokens(model, places[0])
+    assert sharding.enabled
+    assert sharding.failure == ""
 
 
 def test_tensors_that_meet_on_different_devices_switch_sharding_off(model: Any, places: list[str]) -> None:

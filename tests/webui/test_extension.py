@@ -989,8 +989,7 @@ def test_an_error_in_our_part_of_a_forward_is_shown_and_ticking_the_box_again_re
     webui.load(model)
     with monkeypatch.context() as patch:
         patch.setattr(Forward, "_copy", None)
-        with pytest.raises(TypeError):
-            reply(model)
+        assert reply(model) == right
     state = webui.extension.state()
     assert state.tone == "failed"
     assert "TypeError" in state.sentence
@@ -1007,8 +1006,7 @@ def test_the_webuis_log_has_the_details_of_an_error_in_our_part_of_a_forward(
     webui.start()
     webui.load(model)
     monkeypatch.setattr(Forward, "_copy", None)
-    with pytest.raises(TypeError):
-        reply(model)
+    reply(model)
     (line,) = webui.lines.of("ERROR")
     assert "TypeError" in line
     assert webui.lines.tracebacks == 1

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import caches, stacks, vram
+from . import caches, stacks, vram, wording
 from .placement import CACHE_NAME, Placement
 from .tape import CannotCapture, Capture, Tape, Watch
 from .transfers import TrafficCounter, is_plain, tensors_in
@@ -48,6 +48,13 @@ Run = Callable[[Mapping[str, Any], TrafficCounter], Any]
 
 class StepAside(Exception):
     """This step is none for graphs. The message is one sentence for people."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepped:
+    """A step that ran with graphs."""
+
+    output: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +120,11 @@ class Graphs:
         held = self._held
         return 0 if held is None else held.buffers.nbytes
 
-    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: Callable[[], Any], run: Run) -> Any:
-        """Run one forward.
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Stepped | None:
+        """Run one forward, if it is a step for graphs; None if it is not: then nothing has run.
 
         Args:
             args, kwargs: what the model was called with.
-            eager: runs just that, without graphs.
             run: see `Run`.
         """
         named = dict(zip(self._names, args, strict=False)) | kwargs
@@ -128,19 +134,20 @@ class Graphs:
                     if not self._is_closed:
                         output = self._step(self._read(named), run)
                         self.reason = ""
-                        return output
+                        return Stepped(output)
         except StepAside as aside:
             self._tell(str(aside))
         except Exception as error:  # a defect of ours must not cost anybody a reply
-            self._hopeless = f"Graph mode has failed and is off for this model: {type(error).__name__}: {error}"
+            self._hopeless = f"Graph mode has failed and is off for this model: {wording.of_error(error)}"
             self.reason = self._hopeless
             logger.exception("Without graphs: %s", self._hopeless)
             with self._lock, contextlib.suppress(Exception):
                 self._free()
         finally:
             if self._is_closed:
-                self.close()
-        return eager()
+                with contextlib.suppress(Exception):  # the step has run: it must not run again
+                    self.close()
+        return None
 
     def end_reply(self) -> None:
         """This thread's reply is over: if somebody kept its cache, that gets tensors of its own."""
@@ -261,8 +268,8 @@ class Graphs:
             self._refuse(call, str(error))
         except Exception as error:
             logger.debug("A capture failed.", exc_info=error)
-            first = str(error).partition("\n")[0]  # CUDA's errors go on with advice for debugging
-            self._refuse(call, f"The step could not be captured: {type(error).__name__}: {first}")
+            words = wording.of_error(error).partition(" CUDA kernel errors might be")[0]  # and advice for debugging
+            self._refuse(call, f"The step could not be captured: {words}")
 
     def _refuse(self, call: _Call, reason: str) -> NoReturn:
         """Never try steps of this look again."""

@@ -8,14 +8,15 @@ import logging
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from . import stacks
+from . import stacks, wording
 from .graphs import Graphs
 from .meter import Meter, writes_replies
 from .placement import CACHE_NAME, Block, Placement, Scope, join, read_placement
@@ -218,12 +219,14 @@ class Sharding:
             }
 
     def _step_aside(self, error: Exception) -> None:
-        """Leave the model to accelerate after an error that may be our doing, so that no other reply is lost."""
+        """Leave the model to accelerate after an error that may be our doing, so that no reply is lost by it."""
         with _lock:
+            if self.failure:  # the rest of a forward may fail as its beginning did
+                return
             self._is_wanted = False
-            self._restore()
-            self.failure = f"Switched off after an error in our part of a forward: {type(error).__name__}: {error}"
+            self.failure = f"Switched off after an error in our part of a forward: {wording.of_error(error)}"
             logger.error("%s", self.failure, exc_info=error)
+            self._restore()
 
     def _renew(self, stale: _Forwards) -> None:
         """Read the placement of a model that was moved or dispatched again, and go on with that."""
@@ -245,10 +248,14 @@ class _Lane(threading.local):
     """The forward that is running in this thread, if any."""
 
     forward: Forward | None = None
+    is_trial = False
 
 
 class _Runtime:
     """What the installed forwards of one model share: how a scope and a block run.
+
+    An error of ours costs nobody a reply. Before a module's own forward has run, we leave the model to accelerate and
+    call its `hooked` forward in our place; after it, accelerate brings the output home.
 
     It refers to nothing of the model, so that a Sharding that outlives its model holds no weights.
     """
@@ -260,101 +267,183 @@ class _Runtime:
         self.forwards: _Forwards | None = None
         self.graphs: dict[str, Graphs] = {}  # by the name of the scope whose forward is a step
 
-    def run_block(self, block: Block, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def run_block(
+        self, block: Block, forward: Callable[..., Any], hooked: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run one block on its device."""
         current = self.lane.forward
         if current is not None:
-            return self.run_block_within(current, block, block.returns_to, forward, args, kwargs)
+            return self.run_block_within(current, block, block.returns_to, forward, hooked, args, kwargs)
         # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
-        with self.new_forward(block) as current:
+        current = self.new_forward(block)
+        if current is None:
+            return hooked(*args, **kwargs)
+        with self.within(current):
             returns_to = "input" if block.io_same_device else ""
-            return self.run_block_within(current, block, returns_to, forward, args, kwargs)
+            return self.run_block_within(current, block, returns_to, forward, hooked, args, kwargs)
 
-    def run_scope(self, scope: Scope, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def run_scope(
+        self, scope: Scope, forward: Callable[..., Any], hooked: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the model, or a part of it that has blocks below and code of its own between them."""
         current = self.lane.forward
         if current is not None and current.owner is not scope:
             if scope.device is None:
                 return forward(*args, **kwargs)
-            return self.run_scope_within(current, scope, forward, args, kwargs)
-        forwards = self.forwards
-        if forwards is not None and not forwards.hold:
-            return forwards.renewed(scope)(*args, **kwargs)
-        graphs = self.graphs.get(scope.name)
-        if graphs is None:
-            return self.run_model(scope, forward, args, kwargs)
-        return graphs.step(
-            args,
-            kwargs,
-            eager=lambda: self.run_model(scope, forward, args, kwargs),
-            run=lambda named, counter: self.run_trial(scope, forward, named, counter),
-        )
+            return self.run_scope_within(current, scope, forward, hooked, args, kwargs)
+        try:
+            forwards = self.forwards
+            renewed = None if forwards is None or forwards.hold else forwards.renewed(scope)
+            graphs = self.graphs.get(scope.name)
+            stepped = None
+            if renewed is None and graphs is not None:
+                stepped = graphs.step(
+                    args, kwargs, lambda named, counter: self.run_trial(scope, forward, hooked, named, counter)
+                )
+        except Exception as error:
+            self.recover(error)
+            return hooked(*args, **kwargs)
+        if renewed is not None:
+            return renewed(*args, **kwargs)
+        return self.run_model(scope, forward, hooked, args, kwargs) if stepped is None else stepped.output
 
-    def run_model(self, scope: Scope, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run_model(
+        self, scope: Scope, forward: Callable[..., Any], hooked: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         """Run a scope that nobody of ours has called."""
-        with self.new_forward(scope) as current:
-            return self.run_scope_within(current, scope, forward, args, kwargs)
+        current = self.new_forward(scope)
+        if current is None:
+            return hooked(*args, **kwargs)
+        with self.within(current):
+            return self.run_scope_within(current, scope, forward, hooked, args, kwargs)
 
-    def run_trial(self, scope: Scope, forward: Callable[..., Any], kwargs: Any, counter: TrafficCounter) -> Any:
+    def run_trial(
+        self,
+        scope: Scope,
+        forward: Callable[..., Any],
+        hooked: Callable[..., Any],
+        kwargs: Any,
+        counter: TrafficCounter,
+    ) -> Any:
         """The same for a step that may turn out to be none for graphs: its errors are for them to judge."""
-        with self.open_forward(Forward(scope, counter)) as current:
-            return self.run_scope_within(current, scope, forward, (), kwargs)
+        self.lane.is_trial = True
+        try:
+            with self.within(Forward(scope, counter)) as current:
+                return self.run_scope_within(current, scope, forward, hooked, (), kwargs)
+        finally:
+            self.lane.is_trial = False
 
     def end_reply(self) -> None:
         """A reply of this thread is over."""
         for graphs in self.graphs.values():
-            graphs.end_reply()
+            try:
+                graphs.end_reply()
+            except Exception as error:
+                self.step_aside(error)
 
-    @staticmethod
     def run_block_within(
-        current: Forward, block: Block, returns_to: str, forward: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        current: Forward,
+        block: Block,
+        returns_to: str,
+        forward: Callable[..., Any],
+        hooked: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         """Run a block with the memo of `current`."""
-        device = block.device
-        home = None
-        if returns_to:
-            home = current.home if returns_to == "model" else first_device((args, kwargs))
-        current.enter(device)
-        args, kwargs = current.move_inputs(args, kwargs, device)
+        try:
+            device = block.device
+            home = None
+            if returns_to:
+                home = current.home if returns_to == "model" else first_device((args, kwargs))
+            current.enter(device)
+            args, kwargs = current.move_inputs(args, kwargs, device)
+        except Exception as error:
+            self.recover(error)
+            return hooked(*args, **kwargs)
         output = forward(*args, **kwargs)
-        return output if home is None else current.move_home(output, home, _CACHES)
+        return output if home is None else self.run_home(current, output, home, _CACHES)
 
-    @staticmethod
-    def run_scope_within(current: Forward, scope: Scope, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run_scope_within(
+        self,
+        current: Forward,
+        scope: Scope,
+        forward: Callable[..., Any],
+        hooked: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         """Run a scope with the memo of `current`."""
-        home = None
-        if scope.returns:
-            home = first_device((args, {k: v for k, v in kwargs.items() if k not in scope.cache_names}))
-        outer_home, current.home = current.home, scope.device or current.home or home
-        if scope.device is not None:
-            args, kwargs = current.move_inputs(args, kwargs, scope.device, scope.cache_names)
+        outer_home = current.home
+        try:
+            home = None
+            if scope.returns:
+                home = first_device((args, {k: v for k, v in kwargs.items() if k not in scope.cache_names}))
+            if scope.device is not None:
+                args, kwargs = current.move_inputs(args, kwargs, scope.device, scope.cache_names)
+        except Exception as error:
+            self.recover(error)
+            return hooked(*args, **kwargs)
+        current.home = scope.device or outer_home or home
         try:
             output = forward(*args, **kwargs)
         finally:
             current.home = outer_home
-        return output if home is None else current.move_home(output, home, scope.cache_names)
+        return output if home is None else self.run_home(current, output, home, scope.cache_names)
 
-    @contextlib.contextmanager
-    def new_forward(self, owner: Block | Scope) -> Iterator[Forward]:
-        """A memo of its own in this thread, of which nothing is left behind."""
+    def run_home(self, current: Forward, output: Any, home: torch.device, keep: frozenset[str]) -> Any:
+        """Bring an output home, but for what `keep` names in it."""
         try:
-            with self.open_forward(Forward(owner, self.counter)) as current:
-                yield current
+            return current.move_home(output, home, keep)
         except Exception as error:
-            sharding = self.sharding()
-            if sharding is not None and _may_be_ours(error):
-                sharding._step_aside(error)
-            raise
+            self.recover(error)
+            if isinstance(output, Mapping):  # accelerate 0.19 has no skip_keys
+                kept = {key: value if key in keep else send_to_device(value, home) for key, value in output.items()}
+                return type(output)(kept)  # type: ignore[call-arg]
+            return send_to_device(output, home)
+
+    def new_forward(self, owner: Block | Scope) -> Forward | None:
+        """A forward for a module that nobody of ours has called; None if it is accelerate's turn now."""
+        try:
+            return Forward(owner, self.counter)
+        except Exception as error:
+            self.recover(error)
+            return None
 
     @contextlib.contextmanager
-    def open_forward(self, current: Forward) -> Iterator[Forward]:
-        """`current` is the one that runs in this thread."""
+    def within(self, current: Forward) -> Iterator[Forward]:
+        """`current` is the one that runs in this thread, and nothing of it is left behind."""
         outer, self.lane.forward = self.lane.forward, current
         try:
             yield current
+        except Exception as error:
+            if not self.lane.is_trial and _may_be_ours(error):
+                self.step_aside(error)
+            raise
         finally:
             self.lane.forward = outer
-            current.close()
+            try:
+                current.close()
+            except Exception as error:
+                self.step_aside(error)
+
+    def recover(self, error: Exception) -> None:
+        """Leave the model to accelerate after an error in our code: its caller goes on without us.
+
+        Raises:
+            Exception: the error itself where going on would not help (no memory), or is for graphs to judge.
+        """
+        if self.lane.is_trial or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise error
+        self.step_aside(error)
+
+    def step_aside(self, error: Exception) -> None:
+        """Leave the model to accelerate. Raises nothing: forwards that cannot be taken off now go on running."""
+        sharding = self.sharding()
+        if sharding is not None:
+            with contextlib.suppress(Exception):
+                sharding._step_aside(error)
 
 
 def _may_be_ours(error: Exception) -> bool:
@@ -441,11 +530,11 @@ def _forward_swaps(modules: dict[str, nn.Module], placement: Placement, runtime:
     for block in () if placement.is_alone else (*placement.blocks, *placement.doors):
         module = modules[block.name]
         inner = module.forward if block.keeps_hooks else module._old_forward
-        yield Swap(module, "forward", installed(runtime.run_block, block, inner, like=module.forward))
+        yield Swap(module, "forward", installed(runtime.run_block, block, inner, module.forward, like=module.forward))
     for scope in placement.scopes:
         module = modules[scope.name]
         inner = module.forward if scope.device is None else module._old_forward
-        yield Swap(module, "forward", installed(runtime.run_scope, scope, inner, like=module.forward))
+        yield Swap(module, "forward", installed(runtime.run_scope, scope, inner, module.forward, like=module.forward))
     for name in placement.bare:
         module = modules[name]
         without_hook: Any = module._old_forward
