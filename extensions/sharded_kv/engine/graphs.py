@@ -183,7 +183,7 @@ class Graphs:
         self.reason = reason
         if reason not in self._told:
             self._told.add(reason)
-            logger.info("Without graphs: %s", reason)
+            logger.info("Without graphs: %s", wording.one_line(reason))
 
     # --- is it a step for graphs? -------------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class Graphs:
         self._free()
         if reason not in self._told and not self._is_closed:  # else the model was switched off in the midst of a step
             self._told.add(reason)
-            logger.warning("Without graphs: %s", reason)
+            logger.warning("Without graphs: %s", wording.one_line(reason))
         raise StepAside(reason)
 
     def _make_room(self, call: _Call) -> _Held:

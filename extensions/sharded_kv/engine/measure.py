@@ -92,6 +92,7 @@ def measure(
 
     Raises:
         Cancelled: `goes_on` said no.
+        RuntimeError: sharding switched itself off after an error, and stays off.
     """
     counted: dict[bool, tuple[Observer, list[int]]] = {}
     timed: dict[bool, list[tuple[float | None, float | None]]] = {False: [], True: []}
@@ -112,6 +113,8 @@ def measure(
                 _reply(model, inputs, tokens, longest, goes_on)
                 current = sharding.meter.snapshot().current
                 timed[on].append((current.seconds_per_token, current.first_token_seconds))
+            if on and sharding.failure:  # then it was accelerate that replied
+                raise RuntimeError(sharding.failure)
         progress(done + 1, of)
     return Comparison(*(_measured(*counted[on], timed[on]) for on in (False, True)))
 
@@ -139,7 +142,8 @@ def _switched(sharding: Sharding, on: bool) -> Any:
         sharding.enable() if on else sharding.disable()
         yield
     finally:
-        sharding.enable() if before else sharding.disable()
+        if not sharding.failure:
+            sharding.enable() if before else sharding.disable()
 
 
 def _reply(model: Any, inputs: Any, tokens: int, longest: float, goes_on: Callable[[], bool]) -> list[int]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import vram
+from . import vram, wording
 from .caches import buffers_of
 from .observer import Observer
 from .placement import CACHE_NAME, Placement, Scope
@@ -267,7 +267,7 @@ class Meter:
             self._look_at_memory(self._memory.look)
 
     def _has_failed(self, error: Exception) -> None:
-        self.failure = f"Measuring has failed: {type(error).__name__}: {error}"
+        self.failure = f"Measuring has failed: {wording.of_error(error)}"
         logger.warning("The rest of this reply is not measured.", exc_info=error)
 
     def _look_at_memory(self, look: Callable[[tuple[torch.device, ...]], None]) -> None:

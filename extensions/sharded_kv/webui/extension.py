@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from ..engine import wording
 from ..engine.sharding import MODES, Sharding, shard
 from . import settings
 from .host import NAME, Host, logger
@@ -65,9 +66,10 @@ class Extension:
 
             panel.build(self)
             return
-        import gradio as gr
+        with contextlib.suppress(Exception):  # where even that is too much, the log has it
+            import gradio as gr
 
-        gr.Textbox(self._failure, label=NAME, interactive=False)
+            gr.Textbox(self._failure, label=NAME, interactive=False)
 
     def _model_assigned(self, _: Any) -> None:
         with self._guarded("following a model that was loaded"), self._lock:
@@ -89,7 +91,9 @@ class Extension:
             self.setup()
 
     def set_mode(self, mode: str) -> None:
-        """How the model runs while sharding is on."""
+        """How the model runs while sharding is on. Whoever can reach the webui may ask for any mode."""
+        if mode not in MODES:
+            return
         with self._guarded("changing the mode"), self._lock:
             self._measuring.cancel("Cancelled: the mode was changed meanwhile.")
             self._mode = mode
@@ -166,7 +170,8 @@ class Extension:
         self._failure = ""
         self._apply()
         if sharding is not None and not self._has_told:
-            self._host.logger.info("%s: %s. %s", NAME, *self._verdict())
+            tone, sentence = self._verdict()
+            self._host.logger.info("%s", wording.one_line(f"{NAME}: {tone}. {sentence}"))
         self._has_told = sharding is not None
 
     def _apply(self) -> None:
@@ -176,10 +181,10 @@ class Extension:
             if sharding is None:
                 return
             sharding.mode = self._mode
-            if self._activate:
-                sharding.enable()
-            else:
+            if not self._activate:
                 sharding.disable()
+            elif not sharding.failure:  # else ticking the box is how one tries again
+                sharding.enable()
 
     def _keep_in_step(self) -> None:
         self.params.update(activate=self._activate, mode=self._mode)
@@ -192,11 +197,12 @@ class Extension:
         try:
             yield
         except Exception as error:
-            self._failure = f"{NAME} has failed while {doing}, and switched itself off: {type(error).__name__}: {error}"
-            logger().exception(self._failure)
+            self._failure = f"{NAME} has failed while {doing}, and switched itself off: {wording.of_error(error)}"
             sharding, self._sharding = self._sharding, None
-            if sharding is not None:
-                with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):
+                logger().error("%s", self._failure, exc_info=error)
+            with contextlib.suppress(Exception):
+                if sharding is not None:
                     sharding.detach()
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..engine import measure, vram
+from ..engine import measure, vram, wording
 from ..engine.sharding import Sharding
 from .host import Host
 from .state import Measurement
@@ -74,7 +74,7 @@ class Measuring:
             self._set(phase="cancelled", message=self._cancelled)
         except Exception as error:
             host.logger.exception("sharded_kv: measuring failed.")
-            self._set(phase="failed", message=f"Measuring failed: {error}")
+            self._set(phase="failed", message=f"Measuring failed: {wording.of_error(error)}")
 
     def _measure(self, host: Host, sharding: Sharding) -> measure.Comparison:
         model, tokenizer = host.model, host.tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import contextlib
 import inspect
 import time
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
+from ..engine import wording
 from ..engine.sharding import MODES
 from . import view
 from .extension import Extension
+from .host import logger
 from .state import PanelState
 
 _FOLDER = Path(__file__).parent
@@ -22,7 +24,8 @@ _FOLDER = Path(__file__).parent
 
 def build(extension: Extension) -> None:
     """Build the panel inside the `gr.Blocks` that is being built."""
-    state = extension.state()
+    drawn = Drawing(extension)
+    state, (status_html, live_html, measurement_html) = extension.state(), drawn()
     with gr.Column(elem_id="sharded_kv"):
         gr.HTML(f"<style>{(_FOLDER / 'panel.css').read_text(encoding='utf-8')}</style>", elem_id="sharded_kv-style")
         with gr.Row():
@@ -39,18 +42,14 @@ def build(extension: Extension) -> None:
                 info="eager: block by block. graph: tokens as CUDA graphs, which is faster and takes more memory.",
                 elem_id="sharded_kv-mode",
             )
-        status = gr.HTML(view.status(state))
-        live = gr.HTML(view.live(state))
+        status = gr.HTML(status_html)
+        live = gr.HTML(live_html)
         with gr.Row():
             measure = gr.Button("Measure on and off", elem_id="sharded_kv-measure")
             cancel = gr.Button("Cancel measuring", elem_id="sharded_kv-cancel")
-        measurement = gr.HTML(view.measurement(state))
+        measurement = gr.HTML(measurement_html)
         tick = gr.Button(elem_id="sharded_kv-tick")
         sync = gr.Button(elem_id="sharded_kv-sync")
-
-    def drawn() -> tuple[str, str, str]:
-        state = extension.state()
-        return _beat(state) + view.status(state), view.live(state), view.measurement(state)
 
     def switches() -> tuple[bool, str]:
         state = extension.state()
@@ -80,11 +79,41 @@ def build(extension: Extension) -> None:
     page.load(None, None, None, **{_name_of_js(page.load): (_FOLDER / "panel.js").read_text(encoding="utf-8")})
 
 
+class Drawing:
+    """What the panel shows as of now. What cannot be drawn is said in its place, and in the log once.
+
+    Args:
+        extension: whose state is drawn.
+    """
+
+    def __init__(self, extension: Extension) -> None:
+        self._extension = extension
+        self._told = ""
+
+    def __call__(self) -> tuple[str, str, str]:
+        """The status, what is live, and the measurement, as HTML."""
+        state = self._extension.state()
+        try:
+            return _beat(state) + view.status(state), view.live(state), view.measurement(state)
+        except Exception as error:
+            words = f"The panel cannot be drawn: {wording.of_error(error)}"
+            if words != self._told:
+                self._told = words
+                with contextlib.suppress(Exception):
+                    logger().error("%s", words, exc_info=error)
+            return _beat(state) + view.html("<p>{words}</p>", words=words), "", ""
+
+
 def _beat(state: PanelState) -> str:
     """What panel.js reads: that an answer came, and how the switches stand."""
-    return (
-        f'<i id="sharded_kv-beat" data-time="{time.time()}" data-activate="{str(state.activate).lower()}"'
-        f' data-mode="{html.escape(str(state.mode))}" hidden></i>'
+    # A plain string: what is added to it must not be escaped.
+    return str(
+        view.html(
+            '<i id="sharded_kv-beat" data-time="{time}" data-activate="{activate}" data-mode="{mode}" hidden></i>',
+            time=time.time(),
+            activate=str(state.activate).lower(),
+            mode=state.mode,
+        )
     )
 
 

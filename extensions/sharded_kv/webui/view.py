@@ -1,6 +1,6 @@
 """Draws what the panel shows: frozen facts in, HTML out. Knows no Gradio; the look is in panel.css.
 
-All HTML is made by `_html`, which escapes what is put into a template. The chart is drawn here and not by
+All HTML is made by `html`, which escapes what is put into a template. The chart is drawn here and not by
 `gr.LinePlot`: its arguments differ between Gradio 4 and 5, and its colours do not follow the theme.
 """
 
@@ -31,7 +31,7 @@ _TONES = {"on": "On", "off": "Off", "idle": "Idle", "failed": "Failed"}
 def status(state: PanelState) -> str:
     """The sentence on what is on, or why nothing can be done, with a sign for its tone."""
     return _panel(
-        _html(
+        html(
             '<div class="skv-status" role="status">{sign}<span class="skv-sentence">{sentence}</span></div>',
             sign=_sign(state.tone),
             sentence=state.sentence,
@@ -43,7 +43,7 @@ def live(state: PanelState) -> str:
     """What is looked at while a reply is being written: figures, chart, memory, and what runs where."""
     if state.placement is None or state.snapshot is None:
         return _panel(
-            _html(
+            html(
                 '<div class="skv-empty">Speed, traffic and GPU memory are shown here'
                 " once a model is spread over several GPUs.</div>"
             )
@@ -52,9 +52,7 @@ def live(state: PanelState) -> str:
     return _panel(
         _headline(state.model, snapshot.generating),
         _tiles(snapshot),
-        _html(
-            '<div class="skv-columns">{chart}{memory}</div>', chart=_chart(snapshot.tokens), memory=_memory(snapshot)
-        ),
+        html('<div class="skv-columns">{chart}{memory}</div>', chart=_chart(snapshot.tokens), memory=_memory(snapshot)),
         _strip(state.placement),
     )
 
@@ -73,7 +71,7 @@ def measurement(state: PanelState) -> str:
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def _html(template: str, **values: object) -> Markup:
+def html(template: str, **values: object) -> Markup:
     """`template` with `values` in it; those that are not HTML themselves are escaped, within quotes too."""
     return Markup(template).format(**values)
 
@@ -84,11 +82,11 @@ def _joined(parts: Iterable[Markup]) -> Markup:
 
 def _panel(*parts: Markup) -> str:
     # A plain string: whoever adds to it must not have that escaped.
-    return str(_html('<div class="sharded_kv-panel">{parts}</div>', parts=_joined(parts)))
+    return str(html('<div class="sharded_kv-panel">{parts}</div>', parts=_joined(parts)))
 
 
 def _section(kind: str, title: str, *parts: Markup) -> Markup:
-    return _html(
+    return html(
         '<div class="skv-section skv-{kind}"><div class="skv-title" role="heading" aria-level="3">{title}</div>'
         "{parts}</div>",
         kind=kind,
@@ -98,14 +96,14 @@ def _section(kind: str, title: str, *parts: Markup) -> Markup:
 
 
 def _sign(tone: str) -> Markup:
-    return _html('<span class="skv-sign skv-is-{tone}">{word}</span>', tone=tone, word=_TONES[tone])
+    return html('<span class="skv-sign skv-is-{tone}">{word}</span>', tone=tone, word=_TONES[tone])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _headline(model: str, generating: bool) -> Markup:
-    return _html(
+    return html(
         '<div class="skv-headline"><span class="skv-model" title="{model}">{model}</span>'
         '<span class="skv-pulse skv-{kind}">{word}</span></div>',
         model=model,
@@ -121,14 +119,14 @@ def _tiles(snapshot: Snapshot) -> Markup:
     tone, other_tone = ("on", "off") if is_on else ("off", "on")
 
     def tile(label: str, figure: Callable[[Figures], str]) -> Markup:
-        return _html(
+        return html(
             '<div class="skv-tile"><div class="skv-label">{label}</div>{value}{beside}</div>',
             label=label,
             value=_value(figure(now)),
             beside=_beside(other_tone, figure(other)),
         )
 
-    return _html(
+    return html(
         '<div class="skv-tiles"><div class="skv-tile skv-main"><div class="skv-label">Seconds / token{tag}</div>'
         '{value}<div class="skv-compared">{beside}<div class="skv-remark">{remark}</div></div></div>'
         "{rate}{first}{traffic}</div>",
@@ -144,20 +142,20 @@ def _tiles(snapshot: Snapshot) -> Markup:
 
 def _value(text: str) -> Markup:
     if text == _DASH:
-        return _html('<div class="skv-value skv-none">{dash}</div>', dash=_DASH)
+        return html('<div class="skv-value skv-none">{dash}</div>', dash=_DASH)
     number, space, unit = text.partition(" ")
-    return _html(
+    return html(
         '<div class="skv-value">{number}<span class="skv-unit">{unit}</span></div>', number=number, unit=space + unit
     )
 
 
 def _beside(tone: str, value: str) -> Markup:
-    return _html('<div class="skv-beside">{key} {value}</div>', key=_key(tone, tone), value=value)
+    return html('<div class="skv-beside">{key} {value}</div>', key=_key(tone, tone), value=value)
 
 
 def _key(tone: str, text: str) -> Markup:
     """`text` after the line that stands for `tone` in the chart."""
-    return _html('<span class="skv-key skv-is-{tone}">{text}</span>', tone=tone, text=text)
+    return html('<span class="skv-key skv-is-{tone}">{text}</span>', tone=tone, text=text)
 
 
 def _remark(snapshot: Snapshot, other: Figures, other_tone: str) -> str:
@@ -198,7 +196,7 @@ def _chart(tokens: Sequence[Token]) -> Markup:
     """Seconds/token of the recent tokens, the latest at the right edge. Words are HTML, so that they do not stretch."""
     title = "Seconds / token, recent tokens"
     if not tokens:
-        empty = _html('<div class="skv-plot skv-empty">The line begins with the second token of a reply.</div>')
+        empty = html('<div class="skv-plot skv-empty">The line begins with the second token of a reply.</div>')
         return _section("chart", title, empty)
     window = next((size for size in _WINDOWS if size >= len(tokens)), len(tokens))
     start = window - len(tokens)
@@ -209,7 +207,7 @@ def _chart(tokens: Sequence[Token]) -> Markup:
         "chart",
         title,
         _legend(spikes),
-        _html(
+        html(
             '<div class="skv-plot"><div class="skv-area">{ticks}{svg}{runs}{spikes}</div></div>'
             '<div class="skv-axis"><span>{window} tokens ago</span><span>latest</span></div>',
             ticks=_joined(_tick_label(tick, ticks) for tick in ticks),
@@ -254,7 +252,7 @@ def _tick_label(tick: float, ticks: Sequence[float]) -> Markup:
     """To the digit that the distance of two ticks has."""
     # 1.001: a distance of 0.01 may be a little less than that in binary.
     decimals = max(0, -math.floor(math.log10(ticks[1] * 1.001)))
-    return _html(
+    return html(
         '<span class="skv-tick" style="bottom:{at:.4g}%">{text}</span>',
         at=100 * tick / ticks[-1],
         text=f"{_grouped(tick, decimals)} s" if tick else "0",
@@ -271,7 +269,7 @@ def _plot(runs: Sequence[_Run], window: int, ticks: Sequence[float], description
         mine = [run for run in runs if run.sharded == sharded]
         shapes.append(_shape(f"skv-band skv-is-{tone}", [_band(run) for run in mine]))
         shapes.append(_shape(f"skv-line skv-is-{tone}", [_line(run, ticks[-1]) for run in mine]))
-    return _html(
+    return html(
         '<svg viewBox="-.5 0 {window} {height}" preserveAspectRatio="none" role="img" aria-label="{description}">'
         "{shapes}</svg>",
         window=window,
@@ -282,7 +280,7 @@ def _plot(runs: Sequence[_Run], window: int, ticks: Sequence[float], description
 
 
 def _shape(classes: str, path: Sequence[str]) -> Markup:
-    return _html('<path class="{classes}" d="{path}"/>', classes=classes, path="".join(path)) if path else Markup()
+    return html('<path class="{classes}" d="{path}"/>', classes=classes, path="".join(path)) if path else Markup()
 
 
 def _band(run: _Run) -> str:
@@ -301,7 +299,7 @@ def _run_label(run: _Run, window: int) -> Markup:
     width = 100 * len(run.seconds) / window
     if width < _NARROWEST_LABELLED:
         return Markup()
-    return _html(
+    return html(
         '<span class="skv-run skv-is-{tone}" style="left:{left:.4g}%;width:{width:.4g}%">{tone}</span>',
         left=100 * run.start / window,
         width=width,
@@ -310,7 +308,7 @@ def _run_label(run: _Run, window: int) -> Markup:
 
 
 def _spike_mark(place: int, seconds: float, window: int) -> Markup:
-    return _html(
+    return html(
         '<span class="skv-spike" style="left:{at:.4g}%" title="{text}"></span>',
         at=100 * (place + 0.5) / window,
         text=_seconds(seconds),
@@ -321,13 +319,13 @@ def _legend(spikes: Sequence[tuple[int, float]]) -> Markup:
     note = Markup()
     if spikes:
         noun = "token" if len(spikes) == 1 else "tokens"
-        note = _html(
+        note = html(
             '<span class="skv-key skv-is-spike">{count} {noun} off the scale, up to {longest}</span>',
             count=len(spikes),
             noun=noun,
             longest=_seconds(max(seconds for _, seconds in spikes)),
         )
-    return _html(
+    return html(
         '<div class="skv-legend">{on}{off}{note}</div>',
         on=_key("on", "on: sharded_kv"),
         off=_key("off", "off: accelerate"),
@@ -362,18 +360,18 @@ _SHARES = {
 def _memory(snapshot: Snapshot) -> Markup:
     """One bar for each GPU, under one legend that heads the columns of numbers."""
     if not snapshot.memory:
-        return _section("memory", "GPU memory", _html('<div class="skv-empty">No GPU is in use.</div>'))
+        return _section("memory", "GPU memory", html('<div class="skv-empty">No GPU is in use.</div>'))
     heads = [
-        _html('<span class="skv-{kind}" title="{meaning}">{word}</span>', kind=kind, word=word, meaning=meaning)
+        html('<span class="skv-{kind}" title="{meaning}">{word}</span>', kind=kind, word=word, meaning=meaning)
         for kind, (word, meaning) in _SHARES.items()
     ]
-    peak = _html(
+    peak = html(
         '<span class="skv-peak" title="the most this process\'s tensors held since the reply began">peak</span>'
     )
     return _section(
         "memory",
         "GPU memory",
-        _html('<div class="skv-shares skv-heads">{heads}{peak}</div>', heads=_joined(heads), peak=peak),
+        html('<div class="skv-shares skv-heads">{heads}{peak}</div>', heads=_joined(heads), peak=peak),
         *(_bar(memory) for memory in snapshot.memory),
     )
 
@@ -383,7 +381,7 @@ def _bar(memory: DeviceMemory) -> Markup:
     whole = max(1, sum(amounts))
     texts = [_size(amount) for amount in amounts]
     words = ", ".join(f"{word} {text}" for (word, _), text in zip(_SHARES.values(), texts, strict=True))
-    return _html(
+    return html(
         '<div class="skv-device"><div class="skv-name">{chip}<span class="skv-product" title="{name}">{name}</span>'
         '<span class="skv-used">{used} of {total}</span></div>'
         '<div class="skv-bar" role="img" aria-label="{words}" title="{words}">{segments}'
@@ -395,11 +393,11 @@ def _bar(memory: DeviceMemory) -> Markup:
         total=_size(memory.total),
         words=f"{words}, peak {_size(memory.peak)}",
         segments=_joined(
-            _html('<span class="skv-{kind}" style="width:{width:.2f}%"></span>', kind=kind, width=width)
+            html('<span class="skv-{kind}" style="width:{width:.2f}%"></span>', kind=kind, width=width)
             for kind, width in zip(_SHARES, _widths(amounts), strict=True)
         ),
         peak=100 * min(1.0, memory.peak / whole),
-        numbers=_joined(_html("<span>{text}</span>", text=text) for text in (*texts, _size(memory.peak))),
+        numbers=_joined(html("<span>{text}</span>", text=text) for text in (*texts, _size(memory.peak))),
     )
 
 
@@ -430,10 +428,10 @@ def _strip(placement: Placement) -> Markup:
     return _section(
         "strip",
         title,
-        _html(
+        html(
             '<div class="skv-stages">{stages}</div>',
             stages=_joined(
-                _html(
+                html(
                     '<div class="skv-stage" style="flex-grow:{count}" title="{all}">'
                     '<div class="skv-rail {colour}"></div><b>{device}</b> <span class="skv-blocks">{some}</span></div>',
                     count=len(blocks),
@@ -502,7 +500,7 @@ def _short_stems(names: Iterable[str]) -> dict[str, str]:
 
 
 def _chip(device: str) -> Markup:
-    return _html(
+    return html(
         '<span class="skv-chip {colour}"></span><b>{name}</b>', colour=_colour(device), name=_device_name(device)
     )
 
@@ -523,7 +521,7 @@ def _colour(device: str) -> str:
 
 def _progress(of: Measurement) -> Markup:
     replies = f"{of.done} of {of.of} replies"
-    return _html(
+    return html(
         '<div class="skv-progress"><div class="skv-track" role="progressbar" aria-label="Measuring on and off"'
         ' aria-valuemin="0" aria-valuemax="{of}" aria-valuenow="{done}" aria-valuetext="{replies}">'
         '<span style="width:{width:.4g}%"></span></div><div class="skv-note">{replies}{waiting}</div></div>',
@@ -536,15 +534,15 @@ def _progress(of: Measurement) -> Markup:
 
 
 def _message(of: Measurement) -> Markup:
-    return _html('<div class="skv-message skv-{phase}" role="status">{text}</div>', phase=of.phase, text=of.message)
+    return html('<div class="skv-message skv-{phase}" role="status">{text}</div>', phase=of.phase, text=of.message)
 
 
 def _table(of: Measurement, comparison: Comparison) -> Markup:
     """In the shape of the table of accelerate issue 1394."""
-    return _html(
+    return html(
         '<table class="skv-table"><thead><tr>{heads}</tr></thead><tbody>{off}{on}</tbody></table>'
         '<div class="skv-note">{how}</div>',
-        heads=_joined(_html('<th scope="col">{text}</th>', text=text) for text in _COLUMNS),
+        heads=_joined(html('<th scope="col">{text}</th>', text=text) for text in _COLUMNS),
         off=_row(of, "accelerate", comparison.off, comparison.on),
         on=_row(of, "sharded_kv", comparison.on, comparison.off),
         how=f"Medians of {ROUNDS} replies each, by turns. {_same_text(comparison)}",
@@ -570,10 +568,10 @@ def _row(of: Measurement, by: str, measured: Measured, other: Measured) -> Marku
         _size(measured.bytes_per_token),
         _mebibytes(measured.total_peak),
     )
-    return _html(
+    return html(
         "<tr>{cells}</tr>",
         cells=_joined(
-            _html(
+            html(
                 '<td data-label="{label}">{text}{remark}</td>',
                 label=label,
                 text=text,
@@ -588,7 +586,7 @@ def _slower(measured: Measured, other: Measured) -> Markup:
     """The issue's remark beside the slower one: "(1.4x slower)"."""
     mine, others = measured.seconds_per_token, other.seconds_per_token
     times = _times(mine, others) if mine and others and mine > others else ""
-    return _html(' <span class="skv-slower">({times})</span>', times=times) if times else Markup()
+    return html(' <span class="skv-slower">({times})</span>', times=times) if times else Markup()
 
 
 def _same_text(comparison: Comparison) -> str:
