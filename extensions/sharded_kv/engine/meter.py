@@ -379,7 +379,7 @@ class _Reply:
         self._awaits_first = False
         self._went_forward = False
         self._sharded = False
-        self._traffic = counter.of_this_thread()
+        self._traffic = (0, 0)  # by the end of the step before
         self._observer: Observer | None = None
         self._steps_off = 0
 
@@ -397,7 +397,8 @@ class _Reply:
             measure(*args)
         except Exception as error:
             self._is_measured = False
-            self._failed(error)
+            with contextlib.suppress(Exception):
+                self._failed(error)
             with contextlib.suppress(Exception):
                 self._stop_observing()
 

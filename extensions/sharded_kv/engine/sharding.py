@@ -54,7 +54,11 @@ def shard(model: Any) -> Sharding:
     if not isinstance(model, nn.Module):
         return Sharding(model)
     with _lock:
-        sharding = _shardings.get(model) or Sharding(model)
+        sharding = _shardings.get(model)
+        if sharding is not None and sharding._is_detached:  # that failed midway, and is done now
+            sharding.detach()
+            sharding = None
+        sharding = sharding or Sharding(model)
         _shardings[model] = sharding
         try:
             sharding.enable()
@@ -197,9 +201,10 @@ class Sharding:
         self._tuple_caches = Installation(stacks.tuple_cache_swaps(scopes, self._counter))
 
     def _restore(self) -> None:
-        forwards, self._forwards, self._runtime.forwards = self._forwards, None, None
-        if forwards is not None:
-            forwards.restore()
+        self._runtime.forwards = None
+        if self._forwards is not None:
+            self._forwards.restore()
+            self._forwards = None  # not before: what fails can be done again
         self._set_graphs()
 
     def _set_graphs(self) -> None:

@@ -48,8 +48,8 @@ class Extension:
                 host.show_our_log()
                 settings.correct(self.params, NAME, host.logger.warning)
                 self._activate, self._mode = self.params["activate"], self.params["mode"]
-                self._host = host
                 watch(host.shared, {"model": self._model_assigned, "need_restart": self._restart_asked})
+                self._host = host
             self.restarted()
 
     def restarted(self) -> None:
@@ -117,7 +117,7 @@ class Extension:
         """All of it as of now. From any thread."""
         with self._guarded("reading the meter"):
             return self._read_state()
-        return PanelState(self._activate, self._mode, *self._verdict())
+        return PanelState(self._activate, self._mode, "failed", self._failure)
 
     def _read_state(self) -> PanelState:
         host, sharding = self._host, self._sharding
@@ -197,9 +197,10 @@ class Extension:
         try:
             yield
         except Exception as error:
-            self._failure = f"{NAME} has failed while {doing}, and switched itself off: {wording.of_error(error)}"
+            self._failure = f"{NAME} has failed while {doing}, and switched itself off"
             sharding, self._sharding = self._sharding, None
             with contextlib.suppress(Exception):
+                self._failure += f": {wording.of_error(error)}"
                 logger().error("%s", self._failure, exc_info=error)
             with contextlib.suppress(Exception):
                 if sharding is not None:
