@@ -19,7 +19,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine.swaps import Installed
+from extensions.sharded_kv.engine.swaps import Installation, Installed
 from extensions.sharded_kv.engine.transfers import Forward
 from extensions.sharded_kv.tools import models
 from tests import support
@@ -513,6 +513,10 @@ def test_the_loss_of_a_simple_dispatched_model_meets_its_labels(places: list[str
     assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
 
 
+def fail(*_: Any, **__: Any) -> Any:
+    raise TypeError("of ours")
+
+
 class FailsLater:
     """In place of a method: from one call on it raises, before it has done anything.
 
@@ -522,7 +526,7 @@ class FailsLater:
         error: what it raises then.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: Exception) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: BaseException) -> None:
         original, self.failures = vars(owner)[name], 0
 
         def fail(*args: Any, **kwargs: Any) -> Any:
@@ -607,6 +611,54 @@ def test_a_moved_model_whose_placement_cannot_be_read_again_is_accelerates(
         tokens(model, places[1])
     assert not any(isinstance(vars(module).get("forward"), Installed) for module in model.modules())
     assert sharding.failure.endswith("TypeError: of ours")
+
+
+class Unreadable(Exception):
+    """An error whose message cannot be had."""
+
+    def __str__(self) -> str:
+        raise TypeError("it has none")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("layers", [2, 9], ids=["prompt", "token"])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("theirs"), KeyboardInterrupt(), torch.cuda.OutOfMemoryError("2 GiB"), Unreadable()],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_model_itself_passes_through_as_it_is(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, mode: str, layers: int, error: BaseException
+) -> None:
+    FailsLater(monkeypatch, nn.functional, "silu", layers, error)
+    model = support.spread(models.build("llama"), places)
+    sharding = shard(model)
+    sharding.mode = mode
+    with pytest.raises(type(error)) as raised:
+        tokens(model, places[0])
+    assert raised.value is error
+    assert sharding.enabled
+    assert sharding.failure == ""
+
+
+def test_forwards_that_cannot_be_taken_off_after_an_error_of_ours_cost_no_reply_either(
+    model: Any, places: list[str], right: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(model)
+    monkeypatch.setattr(Installation, "restore", fail)
+    FailsLater(monkeypatch, Forward, "move_inputs", 7, TypeError("of ours"))
+    assert tokens(model, places[0]) == right
+
+
+def test_letting_go_that_failed_midway_is_done_by_the_next_shard(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = shard(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Installation, "restore", fail)
+        with pytest.raises(TypeError, match="of ours"):
+            first.detach()
+    second = shard(model)
+    assert second is not first
+    assert second.enabled
 
 
 def test_too_little_memory_for_our_copy_is_nobodys_defect(

@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from . import stacks, wording
-from .graphs import Graphs
+from .graphs import Graphs, Run
 from .meter import Meter, writes_replies
 from .placement import CACHE_NAME, Block, Placement, Scope, join, read_placement
 from .swaps import Installation, Installed, Swap, installed
@@ -230,15 +230,18 @@ class Sharding:
                 return
             self._is_wanted = False
             self.failure = f"Switched off after an error in our part of a forward: {wording.of_error(error)}"
-            logger.error("%s", self.failure, exc_info=error)
-            self._restore()
+            try:
+                self._restore()
+            finally:
+                logger.error("%s", self.failure, exc_info=error)
 
     def _renew(self, stale: _Forwards) -> None:
         """Read the placement of a model that was moved or dispatched again, and go on with that."""
         with _lock:
             if self._forwards is stale:
                 self.enable()
-                logger.warning("The model was moved or dispatched again. %s", self.reason or self.placement.describe())
+                words = wording.one_line(self.reason or self.placement.describe())
+                logger.warning("The model was moved or dispatched again. %s", words)
 
 
 def _take_over(model: nn.Module, sharding: Sharding) -> None:
@@ -256,11 +259,24 @@ class _Lane(threading.local):
     is_trial = False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Original:
+    """What a module's forward was.
+
+    Attributes:
+        forward: what ours runs.
+        hooked: what stood there, with accelerate's hook around it where there is one.
+    """
+
+    forward: Callable[..., Any]
+    hooked: Callable[..., Any]
+
+
 class _Runtime:
     """What the installed forwards of one model share: how a scope and a block run.
 
     An error of ours costs nobody a reply. Before a module's own forward has run, we leave the model to accelerate and
-    call its `hooked` forward in our place; after it, accelerate brings the output home.
+    call what stood in our place; after it, accelerate brings the output home.
 
     It refers to nothing of the model, so that a Sharding that outlives its model holds no weights.
     """
@@ -272,69 +288,47 @@ class _Runtime:
         self.forwards: _Forwards | None = None
         self.graphs: dict[str, Graphs] = {}  # by the name of the scope whose forward is a step
 
-    def run_block(
-        self, block: Block, forward: Callable[..., Any], hooked: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> Any:
+    def run_block(self, block: Block, original: _Original, /, *args: Any, **kwargs: Any) -> Any:
         """Run one block on its device."""
         current = self.lane.forward
         if current is not None:
-            return self.run_block_within(current, block, block.returns_to, forward, hooked, args, kwargs)
+            return self.run_block_within(current, block, block.returns_to, original, args, kwargs)
         # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
-        current = self.new_forward(block)
-        if current is None:
-            return hooked(*args, **kwargs)
-        with self.within(current):
+        with self.within(Forward(block, self.counter)) as current:
             returns_to = "input" if block.io_same_device else ""
-            return self.run_block_within(current, block, returns_to, forward, hooked, args, kwargs)
+            return self.run_block_within(current, block, returns_to, original, args, kwargs)
 
-    def run_scope(
-        self, scope: Scope, forward: Callable[..., Any], hooked: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> Any:
+    def run_scope(self, scope: Scope, original: _Original, /, *args: Any, **kwargs: Any) -> Any:
         """Run the model, or a part of it that has blocks below and code of its own between them."""
         current = self.lane.forward
         if current is not None and current.owner is not scope:
             if scope.device is None:
-                return forward(*args, **kwargs)
-            return self.run_scope_within(current, scope, forward, hooked, args, kwargs)
+                return original.forward(*args, **kwargs)
+            return self.run_scope_within(current, scope, original, args, kwargs)
         try:
             forwards = self.forwards
             renewed = None if forwards is None or forwards.hold else forwards.renewed(scope)
-            graphs = self.graphs.get(scope.name)
-            stepped = None
-            if renewed is None and graphs is not None:
-                stepped = graphs.step(
-                    args, kwargs, lambda named, counter: self.run_trial(scope, forward, hooked, named, counter)
-                )
+            graphs = None if renewed is not None else self.graphs.get(scope.name)
+            stepped = None if graphs is None else graphs.step(args, kwargs, self._trial_of(scope, original))
         except Exception as error:
             self.recover(error)
-            return hooked(*args, **kwargs)
+            return original.hooked(*args, **kwargs)
         if renewed is not None:
             return renewed(*args, **kwargs)
-        return self.run_model(scope, forward, hooked, args, kwargs) if stepped is None else stepped.output
+        if stepped is not None:
+            return stepped.output
+        with self.within(Forward(scope, self.counter)) as current:
+            return self.run_scope_within(current, scope, original, args, kwargs)
 
-    def run_model(
-        self, scope: Scope, forward: Callable[..., Any], hooked: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        """Run a scope that nobody of ours has called."""
-        current = self.new_forward(scope)
-        if current is None:
-            return hooked(*args, **kwargs)
-        with self.within(current):
-            return self.run_scope_within(current, scope, forward, hooked, args, kwargs)
+    def _trial_of(self, scope: Scope, original: _Original) -> Run:
+        return lambda kwargs, counter: self.run_trial(scope, original, kwargs, counter)
 
-    def run_trial(
-        self,
-        scope: Scope,
-        forward: Callable[..., Any],
-        hooked: Callable[..., Any],
-        kwargs: Any,
-        counter: TrafficCounter,
-    ) -> Any:
-        """The same for a step that may turn out to be none for graphs: its errors are for them to judge."""
+    def run_trial(self, scope: Scope, original: _Original, kwargs: Any, counter: TrafficCounter) -> Any:
+        """Run a step that may turn out to be none for graphs: its errors are for them to judge."""
         self.lane.is_trial = True
         try:
             with self.within(Forward(scope, counter)) as current:
-                return self.run_scope_within(current, scope, forward, hooked, (), kwargs)
+                return self.run_scope_within(current, scope, original, (), kwargs)
         finally:
             self.lane.is_trial = False
 
@@ -347,14 +341,7 @@ class _Runtime:
                 self.step_aside(error)
 
     def run_block_within(
-        self,
-        current: Forward,
-        block: Block,
-        returns_to: str,
-        forward: Callable[..., Any],
-        hooked: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
+        self, current: Forward, block: Block, returns_to: str, original: _Original, args: Any, kwargs: Any
     ) -> Any:
         """Run a block with the memo of `current`."""
         try:
@@ -366,21 +353,12 @@ class _Runtime:
             args, kwargs = current.move_inputs(args, kwargs, device)
         except Exception as error:
             self.recover(error)
-            return hooked(*args, **kwargs)
-        output = forward(*args, **kwargs)
+            return original.hooked(*args, **kwargs)
+        output = original.forward(*args, **kwargs)
         return output if home is None else self.run_home(current, output, home, _CACHES)
 
-    def run_scope_within(
-        self,
-        current: Forward,
-        scope: Scope,
-        forward: Callable[..., Any],
-        hooked: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-    ) -> Any:
+    def run_scope_within(self, current: Forward, scope: Scope, original: _Original, args: Any, kwargs: Any) -> Any:
         """Run a scope with the memo of `current`."""
-        outer_home = current.home
         try:
             home = None
             if scope.returns:
@@ -389,10 +367,10 @@ class _Runtime:
                 args, kwargs = current.move_inputs(args, kwargs, scope.device, scope.cache_names)
         except Exception as error:
             self.recover(error)
-            return hooked(*args, **kwargs)
-        current.home = scope.device or outer_home or home
+            return original.hooked(*args, **kwargs)
+        outer_home, current.home = current.home, scope.device or current.home or home
         try:
-            output = forward(*args, **kwargs)
+            output = original.forward(*args, **kwargs)
         finally:
             current.home = outer_home
         return output if home is None else self.run_home(current, output, home, scope.cache_names)
@@ -407,14 +385,6 @@ class _Runtime:
                 kept = {key: value if key in keep else send_to_device(value, home) for key, value in output.items()}
                 return type(output)(kept)  # type: ignore[call-arg]
             return send_to_device(output, home)
-
-    def new_forward(self, owner: Block | Scope) -> Forward | None:
-        """A forward for a module that nobody of ours has called; None if it is accelerate's turn now."""
-        try:
-            return Forward(owner, self.counter)
-        except Exception as error:
-            self.recover(error)
-            return None
 
     @contextlib.contextmanager
     def within(self, current: Forward) -> Iterator[Forward]:
@@ -457,7 +427,7 @@ def _may_be_ours(error: Exception) -> bool:
         return False
     frames = traceback.walk_tb(error.__traceback__)
     innermost = [frame.f_code.co_filename for frame, _ in frames][-1]
-    return Path(innermost).parent == Path(__file__).parent or "same device" in str(error)
+    return Path(innermost).parent == Path(__file__).parent or "same device" in wording.of_error(error)
 
 
 _CACHES = frozenset({CACHE_NAME})
@@ -532,14 +502,23 @@ class _Forwards(Installation):
 
 
 def _forward_swaps(modules: dict[str, nn.Module], placement: Placement, runtime: _Runtime) -> Iterator[Swap]:
+    inner: Any
     for block in () if placement.is_alone else (*placement.blocks, *placement.doors):
         module = modules[block.name]
         inner = module.forward if block.keeps_hooks else module._old_forward
-        yield Swap(module, "forward", installed(runtime.run_block, block, inner, module.forward, like=module.forward))
+        yield Swap(
+            module,
+            "forward",
+            installed(runtime.run_block, block, _Original(inner, module.forward), like=module.forward),
+        )
     for scope in placement.scopes:
         module = modules[scope.name]
         inner = module.forward if scope.device is None else module._old_forward
-        yield Swap(module, "forward", installed(runtime.run_scope, scope, inner, module.forward, like=module.forward))
+        yield Swap(
+            module,
+            "forward",
+            installed(runtime.run_scope, scope, _Original(inner, module.forward), like=module.forward),
+        )
     for name in placement.bare:
         module = modules[name]
         without_hook: Any = module._old_forward
