@@ -10,6 +10,7 @@ import pytest
 
 from extensions.sharded_kv import Sharding, shard
 from extensions.sharded_kv.engine import measure
+from extensions.sharded_kv.engine.transfers import Forward
 from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.tools.traffic import total
 from tests import support
@@ -114,3 +115,26 @@ def test_where_replies_are_slow_all_are_cut_to_the_length_of_the_first(
     comparison = run()
     assert len(comparison.off.reply) == measure._FEWEST_TOKENS < TOKENS
     assert comparison.off.reply == comparison.on.reply
+
+
+@pytest.mark.parametrize("part", ["move_inputs", "move_home"])
+def test_sharding_that_gives_up_meanwhile_ends_it_and_stays_off(
+    run: Any, sharding: Sharding, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(Forward, part, None)
+    with pytest.raises(RuntimeError, match="Switched off after an error"):
+        run()
+    assert not sharding.enabled
+    assert "TypeError" in sharding.failure
+
+
+def test_sharding_that_gave_up_before_is_not_switched_on_by_it(
+    run: Any, model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "move_inputs", None)
+        support.GREEDY.run(model, places[0])
+    with pytest.raises(RuntimeError, match="Switched off after an error"):
+        run()
+    assert not sharding.enabled
+    assert sharding.failure != ""

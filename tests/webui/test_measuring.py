@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from extensions.sharded_kv.engine import measure
+from extensions.sharded_kv.engine.transfers import Forward
 from extensions.sharded_kv.webui import measuring
 from extensions.sharded_kv.webui.state import Measurement
 from tests import support
@@ -544,6 +545,15 @@ def test_a_reply_that_fails_is_said_and_the_switch_is_as_the_user_set_it(
     assert "no room for the cache" in state.message
     assert is_ours(model) is activate
     assert loaded.shared.generation_lock.acquire(timeout=1)
+
+
+def test_sharding_that_gives_up_meanwhile_is_said_and_not_switched_on_again(
+    loaded: hosts.Webui, model: Any, is_ours: IsOurs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forward, "move_inputs", None)
+    assert "Switched off after an error" in measured(loaded).message
+    assert loaded.extension.state().tone == "failed"
+    assert not is_ours(model)
 
 
 def test_after_one_that_failed_another_can_be_made(loaded: hosts.Webui, tokenizer: Tokenizer) -> None:

@@ -92,7 +92,7 @@ def measure(
 
     Raises:
         Cancelled: `goes_on` said no.
-        RuntimeError: sharding switched itself off after an error, and stays off.
+        RuntimeError: sharding has switched itself off after an error, perhaps before, and stays off.
     """
     counted: dict[bool, tuple[Observer, list[int]]] = {}
     timed: dict[bool, list[tuple[float | None, float | None]]] = {False: [], True: []}
@@ -100,6 +100,7 @@ def measure(
     of = 2 * (ROUNDS + 1)
     for done in range(of):
         on = done % 2 == 1
+        _refuse_after_failure(sharding)
         with turn(), _switched(sharding, on):
             if not goes_on():
                 raise Cancelled
@@ -113,10 +114,15 @@ def measure(
                 _reply(model, inputs, tokens, longest, goes_on)
                 current = sharding.meter.snapshot().current
                 timed[on].append((current.seconds_per_token, current.first_token_seconds))
-            if on and sharding.failure:  # then it was accelerate that replied
-                raise RuntimeError(sharding.failure)
         progress(done + 1, of)
+    _refuse_after_failure(sharding)
     return Comparison(*(_measured(*counted[on], timed[on]) for on in (False, True)))
+
+
+def _refuse_after_failure(sharding: Sharding) -> None:
+    """Sharding that gave up is for the user to switch on again; with it on it was accelerate that replied."""
+    if sharding.failure:
+        raise RuntimeError(sharding.failure)
 
 
 def _measured(observer: Observer, reply: list[int], timed: list[tuple[float | None, float | None]]) -> Measured:
