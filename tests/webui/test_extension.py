@@ -421,6 +421,24 @@ def test_one_line_says_why_nothing_was_done(webui: hosts.Webui, kind: type) -> N
     assert kind.__name__ in line
 
 
+def test_a_class_whose_name_has_line_breaks_gets_one_line(webui: hosts.Webui) -> None:
+    webui.load(type("Client\nERROR all is lost", (), {})())
+    (line,) = webui.lines.of("INFO")
+    assert "Client ERROR all is lost" in line
+
+
+def test_an_error_whose_message_has_line_breaks_gets_one_line(
+    webui: hosts.Webui, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forge(*_: Any) -> Any:
+        raise RuntimeError("at\nERROR all is lost")
+
+    monkeypatch.setattr(extension_module, "shard", forge)
+    webui.load(model)
+    (line,) = webui.lines.of("ERROR")
+    assert line.endswith("RuntimeError: at ERROR all is lost")
+
+
 def test_each_model_has_its_line(webui: hosts.Webui, build: Build) -> None:
     for seed in range(3):
         webui.load(build(seed=seed))
@@ -663,12 +681,17 @@ def test_the_mode_can_be_chosen(webui: hosts.Webui, model: Any) -> None:
     assert webui.extension.state().tone == "on"
 
 
-def test_a_mode_that_does_not_exist_is_forgotten_once_one_chooses_another(webui: hosts.Webui, model: Any) -> None:
+@pytest.mark.parametrize("mode", ["turbo", "", None, ["eager"], "<script>", "eager\nERROR all is lost"])
+def test_what_is_no_mode_is_refused_in_one_line_and_changes_nothing(webui: hosts.Webui, model: Any, mode: Any) -> None:
     webui.load(model)
-    webui.extension.set_mode("turbo")
-    webui.extension.set_mode("eager")
-    webui.extension.set_activate(True)
-    assert webui.extension.state().tone == "on"
+    before = webui.extension.state()
+    webui.extension.set_mode(mode)
+    now = webui.extension.state()
+    assert (now.mode, now.tone, now.sentence) == (before.mode, before.tone, before.sentence)
+    (line,) = webui.lines.of("WARNING")
+    assert line.startswith("There is no mode ")
+    assert line.endswith(": choose eager or graph.")
+    assert "\n" not in line
 
 
 class Pause:
@@ -897,6 +920,39 @@ def test_a_meter_that_cannot_be_read_is_said_once_and_the_model_is_left_to_accel
     assert has_failed(webui)
     assert traces.left == []
     assert reply(model) == right
+
+
+def test_a_verdict_that_fails_is_logged_once_however_often_the_panel_asks(
+    webui: hosts.Webui, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webui.load(model)
+    monkeypatch.setattr(type(webui.extension), "_verdict", fail)
+    states = [webui.extension.state() for _ in range(3)]
+    assert [state.tone for state in states] == ["failed"] * 3
+    assert len(webui.lines.of("ERROR")) == 1
+
+
+def test_a_log_that_fails_as_well_leaves_the_model_to_accelerate(
+    webui: hosts.Webui, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces = hosts.Traces(model)
+    webui.load(model)
+    monkeypatch.setattr(Meter, "snapshot", fail)
+    monkeypatch.setattr(extension_module, "logger", fail)
+    assert webui.extension.state().tone == "failed"
+    assert traces.left == []
+
+
+def test_watching_for_models_that_failed_is_done_by_the_next_tick(
+    open_webui: OpenWebui, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webui = open_webui()
+    with monkeypatch.context() as patch:
+        patch.setattr(extension_module, "watch", fail)
+        webui.start()
+    webui.extension.set_activate(True)
+    webui.load(model)
+    assert webui.extension.state().tone == "on"
 
 
 def test_ticking_the_box_again_recovers_from_a_meter_that_could_not_be_read(

@@ -68,6 +68,15 @@ def test_a_long_bad_value_does_not_flood_the_log() -> None:
     assert len(warnings[0]) < 300
 
 
+def test_a_bad_value_that_yamls_aliases_make_endless_is_not_written_out() -> None:
+    bomb: list[Any] = ["lol"]
+    for _ in range(40):  # 10 ** 40 words
+        bomb = [bomb] * 10
+    warnings: list[str] = []
+    settings.correct({**settings.defaults(), "mode": bomb}, "sharded_kv", warnings.append)
+    assert len(warnings[0]) < 300
+
+
 def test_good_values_stay_without_a_word() -> None:
     params = {"activate": False, "mode": "eager", "display_name": "Many GPUs", "is_tab": False}
     warnings: list[str] = []

@@ -91,10 +91,11 @@ class Extension:
             self.setup()
 
     def set_mode(self, mode: str) -> None:
-        """How the model runs while sharding is on. Whoever can reach the webui may ask for any mode."""
-        if mode not in MODES:
-            return
+        """How the model runs while sharding is on. Whoever can reach the webui may ask for anything."""
         with self._guarded("changing the mode"), self._lock:
+            if mode not in MODES:
+                logger().warning("There is no mode %s: choose %s.", wording.of_value(mode), " or ".join(MODES))
+                return
             self._measuring.cancel("Cancelled: the mode was changed meanwhile.")
             self._mode = mode
             self._keep_in_step()
@@ -197,11 +198,12 @@ class Extension:
         try:
             yield
         except Exception as error:
-            self._failure = f"{NAME} has failed while {doing}, and switched itself off"
+            failure = f"{NAME} has failed while {doing}, and switched itself off: {wording.of_error(error)}"
+            was_told, self._failure = failure == self._failure, failure
             sharding, self._sharding = self._sharding, None
             with contextlib.suppress(Exception):
-                self._failure += f": {wording.of_error(error)}"
-                logger().error("%s", self._failure, exc_info=error)
+                if not was_told:  # the panel asks once a second
+                    logger().error("%s", failure, exc_info=error)
             with contextlib.suppress(Exception):
                 if sharding is not None:
                     sharding.detach()

@@ -24,8 +24,9 @@ _FOLDER = Path(__file__).parent
 
 def build(extension: Extension) -> None:
     """Build the panel inside the `gr.Blocks` that is being built."""
-    drawn = Drawing(extension)
-    state, (status_html, live_html, measurement_html) = extension.state(), drawn()
+    draw = Drawing()
+    state = extension.state()
+    first_status, first_live, first_measurement = draw(state)
     with gr.Column(elem_id="sharded_kv"):
         gr.HTML(f"<style>{(_FOLDER / 'panel.css').read_text(encoding='utf-8')}</style>", elem_id="sharded_kv-style")
         with gr.Row():
@@ -42,14 +43,19 @@ def build(extension: Extension) -> None:
                 info="eager: block by block. graph: tokens as CUDA graphs, which is faster and takes more memory.",
                 elem_id="sharded_kv-mode",
             )
-        status = gr.HTML(status_html)
-        live = gr.HTML(live_html)
+        status = gr.HTML(first_status)
+        live = gr.HTML(first_live)
         with gr.Row():
             measure = gr.Button("Measure on and off", elem_id="sharded_kv-measure")
             cancel = gr.Button("Cancel measuring", elem_id="sharded_kv-cancel")
-        measurement = gr.HTML(measurement_html)
+        measurement = gr.HTML(first_measurement)
         tick = gr.Button(elem_id="sharded_kv-tick")
         sync = gr.Button(elem_id="sharded_kv-sync")
+
+    def drawn() -> tuple[str, str, str]:
+        state = extension.state()
+        now_status, now_live, now_measurement = draw(state)
+        return _beat(state) + now_status, now_live, now_measurement
 
     def switches() -> tuple[bool, str]:
         state = extension.state()
@@ -80,28 +86,25 @@ def build(extension: Extension) -> None:
 
 
 class Drawing:
-    """What the panel shows as of now. What cannot be drawn is said in its place, and in the log once.
+    """Draws states as the status, what is live, and the measurement, each as HTML.
 
-    Args:
-        extension: whose state is drawn.
+    What cannot be drawn is said in its place, and in the log once.
     """
 
-    def __init__(self, extension: Extension) -> None:
-        self._extension = extension
+    def __init__(self) -> None:
         self._told = ""
 
-    def __call__(self) -> tuple[str, str, str]:
-        """The status, what is live, and the measurement, as HTML."""
-        state = self._extension.state()
+    def __call__(self, state: PanelState) -> tuple[str, str, str]:
+        """Draw one state."""
         try:
-            return _beat(state) + view.status(state), view.live(state), view.measurement(state)
+            return view.status(state), view.live(state), view.measurement(state)
         except Exception as error:
             words = f"The panel cannot be drawn: {wording.of_error(error)}"
             if words != self._told:
                 self._told = words
                 with contextlib.suppress(Exception):
                     logger().error("%s", words, exc_info=error)
-            return _beat(state) + view.html("<p>{words}</p>", words=words), "", ""
+            return str(view.html("<p>{words}</p>", words=words)), "", ""
 
 
 def _beat(state: PanelState) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Callable
 from typing import Any
 
+from ..engine import wording
 from ..engine.sharding import MODES
 
 
@@ -31,11 +31,6 @@ PARAMETERS = {
 }
 
 
-# YAML's aliases make a few lines into more than would fit into memory, once they are written out.
-_shown = reprlib.Repr()
-_shown.maxlevel = 2
-
-
 def defaults() -> dict[str, Any]:
     """A fresh `params`."""
     return {name: parameter.default for name, parameter in PARAMETERS.items()}
@@ -53,7 +48,7 @@ def correct(params: dict[str, Any], extension: str, warn: Callable[[str], None])
         value = params[name]
         if not parameter.takes(value):
             warn(
-                f"settings.yaml: {extension}-{name} is {_shown.repr(value)[:60]}, but takes {parameter.allowed}. "
+                f"settings.yaml: {extension}-{name} is {wording.of_value(value)}, but takes {parameter.allowed}. "
                 f"Going on with {parameter.default!r}."
             )
             params[name] = parameter.default
