@@ -30,6 +30,12 @@ def test_a_requirement_is_a_range_that_the_tested_version_is_in(requirement: Req
     assert requirement.specifier.contains(pins[requirement.name])
 
 
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_the_readme_has_one_install_by_hand_what_the_installer_does(requirement: Requirement) -> None:
+    by_hand = re.findall(r'`pip install "([^"]+)"`', (ROOT / "README.md").read_text())
+    assert requirement in map(Requirement, by_hand)
+
+
 @pytest.mark.parametrize("file", sorted(EXTENSION.rglob("*.py")), ids=lambda file: str(file.relative_to(EXTENSION)))
 def test_no_file_loads_a_pickle_or_runs_a_text(file: Path) -> None:
     tree = ast.parse(file.read_text())
