@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from extensions.sharded_kv.engine import caches, graphs, measure, meter, observer, vram
+from extensions.sharded_kv.engine import caches, graphs, measure, meter, observer, transfers, vram
 from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.webui import host, measuring, settings
 from tests import support
@@ -50,7 +50,7 @@ GUARDS = {
 SILENT = {"_MemoryMarks.begin", "_MemoryMarks.end", "_MemoryMarks.look"}
 PARTS = functions_of(
     *(vram, meter, meter.Meter, meter._Reply, meter._Recorder, meter._MemoryMarks, observer.Observer),
-    *(measuring.Measuring, measure, settings, host.Host),
+    *(transfers.Forward, transfers.TrafficCounter, measuring.Measuring, measure, settings, host.Host),
 )
 PARTS_OF_GRAPHS = functions_of(graphs, graphs._Held, graphs._Step, caches, caches.Buffers)
 
