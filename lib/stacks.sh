@@ -4,6 +4,8 @@
 STACKS=(2023 2024 gptqmodel now) # the last also runs what no stack makes a difference to
 RESULTS="$ROOT/.venv/results"
 SEED="$(date +%Y%m%d)" # of random tests: other ones each day, the same ones all day
+# Where a whole run measures which lines it runs. Tests take up to half longer by that: so not on every stack.
+COVERED_STACKS=" now "
 MAX_WORKERS=4 # Each test process loads torch: a gigabyte of memory or so.
 
 demo() { # DEMO_OPTION...
@@ -18,7 +20,8 @@ demo() { # DEMO_OPTION...
 }
 
 run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
-  local stacks=("${STACKS[@]}")
+  local stacks=("${STACKS[@]}") is_whole=""
+  [[ $# -gt 0 ]] || is_whole=yes # less than all tests runs less than all lines
   while [[ $# -gt 0 ]]; do
     case "$1" in
       --stack)
@@ -33,7 +36,7 @@ run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
   rm -rf -- "$RESULTS"
   mkdir -p -- "$RESULTS"
   without_network_and_noise
-  local stack python command reporter=""
+  local stack python command reporter="" covered="" coverage=()
   for stack in "${stacks[@]}"; do
     if ! python="$(find_python "$stack")"; then
       printf '%s: skipped, it %s\n' "$stack" "$(why_no_python "$stack")"
@@ -51,8 +54,14 @@ run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
       continue
     fi
     [[ "$stack" != now ]] || run_checks
-    run_suite "$stack" "${stacks[-1]}" "$@"
+    coverage=()
+    if [[ -n "$is_whole" && "$COVERED_STACKS" == *" $stack "* ]]; then
+      covered=yes
+      coverage=(--cov --cov-append --cov-report "json:$RESULTS/coverage.json")
+    fi
+    run_suite "$stack" "${stacks[-1]}" ${coverage[@]+"${coverage[@]}"} "$@"
   done
+  [[ -z "$covered" ]] || record coverage coverage 0 0
   [[ -n "$reporter" ]] || fail "There is no Python for any of these stacks: ${stacks[*]}."
   "$reporter" tests/stacks/report.py "$RESULTS"
 }
@@ -79,9 +88,16 @@ run_suite() { # STACK LAST_STACK PYTEST_OPTION...
   while IFS= read -r file; do chosen+=("$file"); done < <(header "$stack" tests)
   workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
   printf '%s: running the tests, random ones from seed %s\n' "$stack" "$SEED"
-  "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
+  COVERAGE_FILE="$RESULTS/coverage" COVERAGE_CORE="$(coverage_core "$stack")" "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
     --hypothesis-seed "$SEED" -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${chosen[@]+"${chosen[@]}"} "$@" || status=$?
   record stack "$stack" "$((SECONDS - started))" "$status"
+}
+
+coverage_core() { # STACK: what costs least on its Python, which has sys.monitoring since 3.12
+  case "$(version_of "$(venv_python "$1")")" in
+    3.10 | 3.11) printf 'ctrace' ;;
+    *) printf 'sysmon' ;;
+  esac
 }
 
 record() { # KIND NAME SECONDS STATUS: one line for tests/stacks/report.py

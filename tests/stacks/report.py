@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STACKS_FOLDER = Path(__file__).parent
+# How many of the lines of engine/ and webui/ a whole run has to run.
+LEAST_COVERAGE = 95
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ def _line(results: Path, kind: str, name: str, seconds: str, status: str) -> Lin
         return Line(name, _versions(name), "failed: could not be installed", int(seconds), Counts(failed=1))
     if kind == "stack":
         return _suite_line(results, name, int(seconds), int(status))
+    if kind == "coverage":
+        return _coverage_line(results, int(seconds))
     raise ValueError(f"steps.tsv has a line of an unknown kind: {kind!r}.")
 
 
@@ -115,6 +121,29 @@ def _suite_line(results: Path, name: str, seconds: int, status: int) -> Line:
     elif status != 0 and counts.failed == 0:
         counts, outcome = counts + Counts(failed=1), f"{outcome}, but pytest ended with {status}"
     return Line(name, _versions(name), outcome, seconds, counts)
+
+
+def _coverage_line(results: Path, seconds: int) -> Line:
+    try:
+        files = json.loads((results / "coverage.json").read_text())["files"]
+    except (FileNotFoundError, ValueError):
+        return Line("coverage", "", "failed: pytest left none", seconds, Counts(failed=1))
+    shares = {name.removeprefix("extensions/sharded_kv/"): _share(file["summary"]) for name, file in files.items()}
+    total = _share(*(file["summary"] for file in files.values()))
+    low = sorted((share, name) for name, share in shares.items() if share < LEAST_COVERAGE)
+    outcome = f"{total} % of the lines of engine/ and webui/"
+    if low:
+        outcome += f"; below {LEAST_COVERAGE} %: " + ", ".join(f"{name} {share} %" for share, name in low)
+    if total < LEAST_COVERAGE:
+        return Line("coverage", "", f"failed: {outcome}", seconds, Counts(failed=1))
+    return Line("coverage", "", outcome, seconds, Counts())
+
+
+def _share(*summaries: dict[str, int]) -> float:
+    """How many of 100 lines ran, rounded down: what is too little must not look like enough."""
+    lines = sum(summary["num_statements"] for summary in summaries)
+    ran = sum(summary["covered_lines"] for summary in summaries)
+    return math.floor(1000 * ran / lines) / 10 if lines else 100.0
 
 
 def _versions(stack: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -82,3 +83,51 @@ def test_a_check_adds_nothing_unless_it_failed(report):
 def test_a_run_of_nothing_is_a_failure(report):
     status, _ = report()
     assert status == 1
+
+
+def covered(**files: tuple[int, int]) -> str:
+    """A coverage report: for each file of the engine how many lines ran, of how many."""
+    summaries = {
+        f"extensions/sharded_kv/engine/{name}.py": {"summary": {"covered_lines": ran, "num_statements": lines}}
+        for name, (ran, lines) in files.items()
+    }
+    return json.dumps({"files": summaries})
+
+
+@pytest.fixture
+def report_coverage(report, tmp_path):
+    """Runs the report on a run in which one test passed, and on what it says of coverage; gives status and its line."""
+
+    def run(coverage: str | None) -> tuple[int, str]:
+        if coverage is not None:
+            (tmp_path / "coverage.json").write_text(coverage)
+        status, lines = report("stack | now | 9 | 0", "coverage | coverage | 0 | 0", now=PASSED)
+        return status, lines[-2]
+
+    return run
+
+
+def test_coverage_is_that_of_all_lines_together(report_coverage):
+    status, line = report_coverage(covered(graphs=(98, 100), vram=(390, 400)))
+    assert status == 0
+    assert re.fullmatch(r"coverage +97\.6 % of the lines of engine/ and webui/ +0 s", line)
+
+
+def test_files_with_too_little_coverage_are_named_the_lowest_first(report_coverage):
+    _, line = report_coverage(covered(graphs=(990, 1000), vram=(9, 10), tape=(8, 10)))
+    assert "; below 95 %: engine/tape.py 80.0 %, engine/vram.py 90.0 %" in line
+
+
+def test_too_little_coverage_fails_the_run(report_coverage):
+    status, line = report_coverage(covered(graphs=(9499, 10000)))
+    assert status == 1
+    assert "failed: 94.9 %" in line
+
+
+def test_just_enough_coverage_does_not(report_coverage):
+    assert report_coverage(covered(graphs=(95, 100)))[0] == 0
+
+
+@pytest.mark.parametrize("coverage", [None, "", "{"], ids=["missing", "empty", "cut off"])
+def test_coverage_that_was_not_written_fails_the_run(report_coverage, coverage):
+    assert report_coverage(coverage)[0] == 1
