@@ -242,28 +242,35 @@ class _Layered:
 
 
 def _lent_layer(plain: Any) -> Any:
-    """The class of layers whose tensors are in buffers. An object may change between it and `plain`."""
+    """The class of layers whose tensors are in buffers. An object may change between it and `plain`.
+
+    Another thread may give the layer back while one of these functions runs: then it has left this class, of whose
+    functions and super() it knows nothing any more.
+    """
+
+    def seen(layer: Any, filled: Tensor) -> Tensor:
+        """What a layer keeps for the next token: of a sliding window, all but its oldest."""
+        return filled[:, :, -layer.sliding_window + 1 :] if getattr(plain, "is_sliding", False) else filled
 
     class LentLayer(plain):  # type: ignore[misc]
         __module__ = plain.__module__  # whoever looks for caches of transformers finds it
         _lent: tuple[Buffers, int]
-        keys = _Own("keys", lambda layer, buffers, index: layer._seen(buffers.filled(index, 0)))
-        values = _Own("values", lambda layer, buffers, index: layer._seen(buffers.filled(index, 1)))
+        keys = _Own("keys", lambda layer, buffers, index: seen(layer, buffers.filled(index, 0)))
+        values = _Own("values", lambda layer, buffers, index: seen(layer, buffers.filled(index, 1)))
         if getattr(plain, "is_sliding", False):
             cumulative_length = _Own("cumulative_length", lambda layer, buffers, index: buffers.length)
 
-        def _seen(self, filled: Tensor) -> Tensor:
-            """What a layer keeps for the next token: of a sliding window, all but its oldest."""
-            return filled[:, :, -self.sliding_window + 1 :] if getattr(plain, "is_sliding", False) else filled
-
         def get_seq_length(self, *args: Any) -> int:
-            return super().get_seq_length(*args) if "keys" in vars(self) else self._lent[0].length
+            own: Any = vars(self)
+            lent = own.get("_lent")  # before the question: another thread may give the layer back meanwhile
+            length: int = plain.get_seq_length(self, *args) if "keys" in own or lent is None else lent[0].length
+            return length
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             buffers, index = self._lent
             if buffers.is_stepping:
                 return buffers.write(index, key_states, value_states)
-            return super().update(key_states, value_states, *args, **kwargs)
+            return plain.update(self, key_states, value_states, *args, **kwargs)
 
         def reset(self) -> None:
             self.keys, self.values = self.keys, self.values  # it writes zeros into them
@@ -308,7 +315,11 @@ class _Listed:
 
 
 def _lent_cache(plain: Any) -> Any:
-    """The class of caches whose tensors are in buffers. An object may change between it and `plain`."""
+    """The class of caches whose tensors are in buffers. An object may change between it and `plain`.
+
+    Another thread may give the cache back while one of these functions runs: its keys are a plain list then, and
+    super() knows nothing of it any more.
+    """
 
     class LentCache(plain):  # type: ignore[misc]
         __module__ = plain.__module__
@@ -316,14 +327,15 @@ def _lent_cache(plain: Any) -> Any:
         _seen_tokens = _Own("_seen_tokens", lambda cache, buffers: buffers.length)
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
-            is_lent = layer_idx < len(self) and self.key_cache.is_lent(layer_idx)
-            return self._lent[0].length if is_lent else super().get_seq_length(layer_idx)
+            keys = self.key_cache
+            buffers = keys.lent_to(layer_idx) if isinstance(keys, _LentList) else None
+            return plain.get_seq_length(self, layer_idx) if buffers is None else buffers.length
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
             (buffers,) = self._lent
             if buffers.is_stepping:
                 return buffers.write(layer_idx, key_states, value_states)
-            return super().update(key_states, value_states, layer_idx, cache_kwargs)
+            return plain.update(self, key_states, value_states, layer_idx, cache_kwargs)
 
     return LentCache
 
@@ -340,9 +352,10 @@ class _LentList(list):  # type: ignore[type-arg]
         super().__setitem__(index, None)
         self._lent[index] = (buffers, which)
 
-    def is_lent(self, index: int) -> bool:
-        """Whether the tensor is in buffers."""
-        return index in self._lent
+    def lent_to(self, index: int) -> Buffers | None:
+        """The buffers that the tensor is in, if it is in any."""
+        lent = self._lent.get(index)
+        return None if lent is None else lent[0]
 
     def is_any_lent(self) -> bool:
         """Whether any tensor is."""
