@@ -25,6 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="sim",
         help="what device tests run on: simulated GPUs (the default) or real ones",
     )
+    parser.addoption(
+        "--covered-by",
+        default="",
+        help="with --cov: the names of the test files during which coverage is measured; all if none is given",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Measuring coverage makes tests up to half slower: it is done only where it finds lines."""
+    covering = config.getoption("--covered-by").split()
+    for item in items if covering else ():
+        if item.path.name not in covering:
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,7 @@ def right(tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> 
 @needs_graphs
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_replies_are_the_same_token_for_token(devices: support.Devices, family: str, count: int) -> None:
     tokens = 256 if count == 2 else 24
     model = models.build(support.family_or_skip(family), **FAMILIES[family])
@@ -269,6 +270,7 @@ def allocated(devices: support.Devices, places: list[str]) -> int:
 
 
 @needs_graphs
+@pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_many_replies_leak_no_byte(model: Any, sharding: Sharding, devices: support.Devices, places: list[str]) -> None:
     lengths = torch.randint(2, 40, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     reply(model, places[0], tokens=4)
@@ -334,6 +336,7 @@ def test_the_memory_of_the_cache_shows_its_room(model: Any, sharding: Sharding, 
 
 
 @needs_graphs
+@pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_switches_at_every_token_change_no_token(model: Any, sharding: Sharding, places: list[str]) -> None:
     asked = 0
 
@@ -407,6 +410,7 @@ def test_a_reply_that_begins_meanwhile_runs_without_graphs(model: Any, sharding:
 
 
 @needs_graphs
+@pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_replies_of_several_threads_at_once_are_all_right(model: Any, sharding: Sharding, places: list[str]) -> None:
     got: dict[int, Any] = {}
 

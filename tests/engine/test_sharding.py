@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,13 @@ from tests import support
 @pytest.fixture
 def places(devices: support.Devices) -> list[str]:
     return devices(2)
+
+
+@pytest.fixture(autouse=True)
+def _current_device(devices: support.Devices) -> Iterator[None]:
+    """What fails here may leave another device the current one, which is nothing for the next test."""
+    with devices.runtime.device(0):
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -53,6 +53,13 @@ PARTS = functions_of(
     *(transfers.Forward, transfers.TrafficCounter, measuring.Measuring, measure, settings, host.Host),
 )
 PARTS_OF_GRAPHS = functions_of(graphs, graphs._Held, graphs._Step, caches, caches.Buffers)
+
+
+@pytest.fixture(autouse=True)
+def _current_device(devices: support.Devices) -> Iterator[None]:
+    """What fails here may leave another device the current one, which is nothing for the next test."""
+    with devices.runtime.device(0):
+        yield
 
 
 @pytest.fixture
