@@ -95,8 +95,8 @@ covered_by() { # STACK: the test files during which coverage is measured, which 
     2023) printf 'test_sharding.py' ;; # caches that are tuples
     2024) printf 'test_caches.py' ;; # caches that are lists
     *)
-      printf '%s ' test_caches.py test_checkpoints.py test_graphs.py test_host_of_hooks.py test_measure.py test_meter.py \
-        test_placement.py test_sharding.py test_tape.py test_transfers.py test_wording.py \
+      printf '%s ' test_caches.py test_checkpoints.py test_graphs.py test_host_of_hooks.py test_measure.py test_measuring.py \
+        test_meter.py test_placement.py test_sharding.py test_tape.py test_transfers.py test_wording.py \
         test_extension.py test_faults.py test_panel.py test_settings.py test_view.py test_watch.py
       ;;
   esac

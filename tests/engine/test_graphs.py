@@ -91,7 +91,8 @@ def right(tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_replies_are_the_same_token_for_token(devices: support.Devices, family: str, count: int) -> None:
-    tokens = 256 if count == 2 else 24
+    # Growing and sliding are of caches: families that share one kind need not each show it.
+    tokens = 256 if count == 2 and family in ("llama", "gptj", "mistral-sliding") else 24
     model = models.build(support.family_or_skip(family), **FAMILIES[family])
     place = devices(count)[0]
     model = support.spread(model, devices(count)) if count > 1 else model.to(place)

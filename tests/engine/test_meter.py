@@ -368,3 +368,8 @@ def test_the_driver_tells_this_process_from_others(monkeypatch: pytest.MonkeyPat
     assert vram.usage(device) == vram.Usage(allocated=3 << 30, process=5 << 30, used=14 << 30, total=24 << 30)
     monkeypatch.setattr(vram, "_nvml", lambda: None)
     assert vram.usage(device).process == 4 << 30
+
+
+@pytest.mark.skipif(torch.version.cuda is not None and torch.cuda.is_available(), reason="there is a driver")
+def test_without_a_driver_there_is_nobody_to_ask() -> None:
+    assert vram._nvml.__wrapped__() is None
