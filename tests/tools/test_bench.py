@@ -500,6 +500,7 @@ class TestOptions:
             (["--devices", "sim:2", "--context", "8", "--new-tokens", "8"], "fits into the context"),
             (["--devices", "sim:3", "--layers", "2"], "each of 3 devices"),
             (["--devices", "sim:2", "--check", "--variants", "eager"], "must be among --variants"),
+            (["--devices", "sim:1", "--check", "--variants", "one-gpu"], "and another one"),
             (["--rounds", "0"], "no positive number"),
             (["--write", "README.md"], "--table"),
             (["--table", "no-such-file.json"], "no such file"),

@@ -26,7 +26,7 @@ from extensions.sharded_kv.webui import extension as extension_module
 from extensions.sharded_kv.webui import host as host_module
 from extensions.sharded_kv.webui import settings
 from extensions.sharded_kv.webui.watch import watch
-from tests import support
+from tests import loaders, support
 from tests.webui import hosts
 
 Build = Callable[..., Any]
@@ -507,6 +507,37 @@ def test_loras_added_and_removed_reply_as_with_accelerate_at_each_step(
         seen.append(reply(webui.shared.model))
         assert seen[-1] == reply(alone.model)
     assert seen[0] != seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("load", [loaders.bitsandbytes_8bit, loaders.bitsandbytes_4bit])
+def test_a_lora_on_a_quantized_model_replies_as_with_accelerate(
+    webui: hosts.Webui,
+    load: Any,
+    places: list[str],
+    loras: list[Path],
+    reply: Reply,
+    is_ours: IsOurs,
+    tmp_path: Path,
+) -> None:
+    """There modules/LoRA.py leaves types and device map to peft."""
+    peft = pytest.importorskip("peft")
+    if load is loaders.bitsandbytes_8bit and peft.__version__ == "0.12.0":
+        pytest.skip("this peft wants an older bitsandbytes, which has no kernels for the CPU")
+    device_map = loaders.spread_over("llama", places)
+    alone, ours = (load("llama", tmp_path / name, device_map) for name in ("alone", "ours"))
+    others = SimpleNamespace(model=alone)
+    webui.load(ours)
+    seen = [reply(webui.shared.model)]
+    assert seen[0] == reply(others.model)
+    for shared in (others, webui.shared):
+        shared.model = peft.PeftModel.from_pretrained(shared.model, str(loras[0]), adapter_name="tuned")
+    assert is_ours(webui.shared.model)
+    seen.append(reply(webui.shared.model))
+    assert seen[1] == reply(others.model) != seen[0]
+    for shared in (others, webui.shared):
+        remove_loras(shared)
+    assert is_ours(webui.shared.model)
+    assert reply(webui.shared.model) == reply(others.model)
 
 
 def test_a_lora_on_a_model_with_a_layer_on_the_cpu_replies_as_with_accelerate(

@@ -673,7 +673,7 @@ def table(results: Iterable[Result]) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, tuple("-" * width for width in widths))
         lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        remarks = "".join(_floor(result) for result in alike)
+        remarks = _rounds(alike) + "".join(_floor(result) for result in alike)
         parts.append("\n".join(f"| {line} |" for line in lines) + f"\n\n{caption}{remarks}")
     return "\n\n".join(parts)
 
@@ -726,19 +726,25 @@ def _caption(result: Result) -> str:
     about += [f"{library} {result.versions[library]}" for library in _STACK]
     text = (
         f"{result.date}: {', '.join(about)}. Batch {sizes['batch']}, {sizes['context']} tokens of context, the last "
-        f"{sizes['new_tokens']} of them new; {sizes['rounds']} rounds. Medians; ratios (least to greatest) are paired "
-        "within each round."
+        f"{sizes['new_tokens']} of them new."
     )
     return f"{text} {SIMULATED}" if sizes["devices"].startswith("sim") else text
+
+
+def _rounds(results: Sequence[Result]) -> str:
+    counts = [result.sizes["rounds"] for result in results]
+    between = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    return f" Medians of {between} rounds; ratios (least to greatest) are paired within each round."
 
 
 def _floor(result: Result) -> str:
     if not result.floor:
         return ""
-    size, bandwidth = result.sizes["size"], result.floor["bytes_per_second"] / 1e12
+    what, bandwidth = result.sizes["size"], result.floor["bytes_per_second"] / 1e12
+    what += f" ({_weights(result)})" if result.sizes.get("quantization") else ""
     seconds = result.floor["seconds_per_token"]
     return (
-        f" To read {size} and its cache once takes {seconds:.4f} seconds at the {bandwidth:.2f} TB/s of a copy there."
+        f" To read {what} and its cache once takes {seconds:.4f} seconds at the {bandwidth:.2f} TB/s of a copy there."
     )
 
 
@@ -874,8 +880,8 @@ def _setting(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Se
             f"--context {setting.context} --new-tokens {setting.new_tokens}: a reply has at least {FEWEST_TOKENS} "
             f"tokens, and with its prompt it fits into the context, which is at most {longest}."
         )
-    if options.check and ONE_GPU not in variants:
-        parser.error(f"--check compares with {ONE_GPU}: it must be among --variants.")
+    if options.check and (ONE_GPU not in variants or len(variants) < 2):
+        parser.error(f"--check compares with {ONE_GPU}: it must be among --variants, and another one.")
     return setting
 
 
