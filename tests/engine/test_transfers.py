@@ -52,6 +52,14 @@ def test_a_copy_lives_no_longer_than_its_source(forward: Forward, here: torch.de
     assert copy() is None
 
 
+def test_inputs_that_were_given_stay_as_they_were(forward: Forward, here: torch.device, there: torch.device) -> None:
+    """Where the second cannot be moved, accelerate gets what we were given, not half of it moved."""
+    given = {"mask": torch.ones(2, device=here), "states": torch.ones(3, device=here)}
+    _, moved = forward.move_inputs((), given, there)
+    assert {name: tensor.device for name, tensor in given.items()} == {"mask": here, "states": here}
+    assert {name: tensor.device for name, tensor in moved.items()} == {"mask": there, "states": there}
+
+
 def test_a_tensor_in_place_is_returned_itself(forward: Forward, counter: TrafficCounter, here: torch.device) -> None:
     mask = torch.ones(3, device=here)
     assert forward.move(mask, here) is mask

@@ -159,16 +159,18 @@ class Forward:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are.
 
-        Every block of a stage comes here: what most inputs are is decided without a call.
+        Every block of a stage comes here: what most inputs are is decided without a call. What was given is as before,
+        should anything fail midway.
         """
+        moved = dict(kwargs)
         for key, value in kwargs.items():
             kind = type(value)
             if kind is Tensor:
                 if value.device != device and key not in keep:
-                    kwargs[key] = self._copy(value, device)
+                    moved[key] = self._copy(value, device)
             elif kind not in _PLAIN and key not in keep:
-                kwargs[key] = self.move(value, device, keep)
-        return tuple(self._move_each(args, device, keep)), kwargs
+                moved[key] = self.move(value, device, keep)
+        return tuple(self._move_each(args, device, keep)), moved
 
     def _move_each(self, values: Iterable[Any], device: torch.device, keep: frozenset[str]) -> list[Any]:
         return [
