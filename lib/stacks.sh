@@ -1,7 +1,9 @@
 # install.sh --demo and --test: one virtual environment per stack of tests/stacks/. Sourced by install.sh.
 # shellcheck shell=bash
 
-STACKS=(2023 2024 gptqmodel now) # the last also runs what no stack makes a difference to
+STACKS=(2023 2024 gptqmodel now) # the last also runs what runs once
+# What no stack makes a difference to.
+RUN_ONCE=('tests/stacks/*' 'tests/tools/test_simulated*' tests/engine/test_wording.py tests/webui/test_{faults,view}.py)
 RESULTS="$ROOT/.venv/results"
 SEED="$(date +%Y%m%d)" # of random tests: other ones each day, the same ones all day
 MAX_WORKERS=4 # Each test process loads torch: a gigabyte of memory or so.
@@ -81,8 +83,7 @@ check() { # NAME COMMAND...
 run_suite() { # STACK LAST_STACK PYTEST_OPTION...
   local stack="$1" last="$2" status=0 started=$SECONDS workers chosen=()
   shift 2
-  # What no stack makes a difference to runs once.
-  [[ "$stack" == "$last" ]] || chosen=(--ignore tests/stacks --ignore-glob 'tests/tools/test_simulated*')
+  [[ "$stack" == "$last" ]] || chosen=("${RUN_ONCE[@]/#/--ignore-glob=}")
   while IFS= read -r file; do chosen+=("$file"); done < <(header "$stack" tests)
   workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
   printf '%s: running the tests, random ones from seed %s\n' "$stack" "$SEED"
