@@ -79,7 +79,7 @@ def gptq_config(family: str, folder: Path, device_map: dict[str, Any]) -> Any:
     pytest.importorskip("optimum")
     from transformers import GPTQConfig
 
-    is_auto_gptq = quantized.library_of("4-gptq") == "auto_gptq"
+    is_auto_gptq = quantized.KINDS["4-gptq"].library() == "auto_gptq"
     dtype, options = (torch.float32, {"use_exllama": False}) if is_auto_gptq else (torch.float16, {})
     checkpoint = quantized.save_gptq(family, folder, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(

@@ -335,7 +335,7 @@ class TestARun:
         assert floor["seconds_per_token"] == round(floor["bytes_per_token"] / 1e9, 6)
 
 
-KINDS = [kind for kind, names in quantized.LIBRARIES.items() if any(map(importlib.util.find_spec, names))]
+KINDS = [name for name, kind in quantized.KINDS.items() if any(map(importlib.util.find_spec, kind.libraries))]
 
 
 class TestQuantization:
@@ -343,8 +343,8 @@ class TestQuantization:
     def test_all_variants_reply_with_one_gpus_logits(self, kind):
         outcome = run(*QUICK, "--quantization", kind, "--check")
         assert outcome.status == 0
-        label = bench.QUANTIZATIONS[kind]
-        assert f"| {label} {importlib.metadata.version(quantized.library_of(kind))} |" in outcome.out
+        made = quantized.KINDS[kind]
+        assert f"| {made.label} {importlib.metadata.version(made.library())} |" in outcome.out
         names = bench.default_variants(2, kind)
         assert list(rows(outcome.out)) == [configuration(name) for name in names]
 

@@ -75,9 +75,7 @@ def test_the_layers_weights_have_the_bits_they_are_said_to_have(kind: str, bits:
 
 def test_what_has_no_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ModuleNotFoundError, match="4-gptq needs a library that is not installed: pip install gptqmodel"
-    ):
+    with pytest.raises(ModuleNotFoundError, match="4 w/gptq needs a library that is not here: pip install gptqmodel"):
         quantized.quantize(models.build("llama"), "4-gptq")
 
 

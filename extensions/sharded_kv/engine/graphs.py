@@ -36,6 +36,8 @@ _STEP = 256
 _LEAST_ROOM = 64
 # Of long replies the room grows by this part, so that captures get rarer.
 _GROWTH = 1 / 4
+# How many kinds of steps keep their graphs at once: usually a model is called in one way, or two.
+_MOST_LOOKS = 4
 # How far a replay's logits may be from the step's own, relative to the largest: in 16 bits one GPU differs from itself
 # by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
 _TOLERANCE = 0.05
@@ -387,6 +389,8 @@ class _Held:
         """Run one step on the buffers."""
         step = self._steps.get(call.look)
         if step is None:
+            while len(self._steps) >= _MOST_LOOKS:  # the oldest goes: somebody calls the model with ever new values
+                self._steps.pop(next(iter(self._steps))).free()
             step = self._steps[call.look] = _Step(call, self.buffers, self._devices)
         output = step.run(call, run, counter)
         self.buffers.length += 1

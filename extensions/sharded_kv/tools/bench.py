@@ -46,7 +46,6 @@ ONE_GPU = "one-gpu"
 # itself is allowed too: real GPUs do not add up in the same order each time.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}
 CHECKED_STEPS = 8
-WITHOUT_GRAPHS = "8-bnb"  # its layers wait for their device
 FEWEST_TOKENS = 4  # of a reply: the step to the second is not timed, and that to the last not by transformers 4.28
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
@@ -161,10 +160,15 @@ def knows_skip_keys() -> bool:
     return "skip_keys" in inspect.signature(accelerate.dispatch_model).parameters
 
 
+def has_graphs(quantization: str | None) -> bool:
+    """Whether decode steps with such weights can be graphs."""
+    return quantization is None or quantized.KINDS[quantization].has_graphs
+
+
 def default_variants(devices: int, quantization: str | None = None) -> list[str]:
     """Those that run on so many devices, with this stack."""
     left_out = set() if knows_skip_keys() else {"no-skip-keys"}
-    if not hasattr(transformers, "DynamicCache") or quantization == WITHOUT_GRAPHS:
+    if not hasattr(transformers, "DynamicCache") or not has_graphs(quantization):
         left_out |= {name for name, variant in VARIANTS.items() if variant.applied is graphed}
     return [name for name, variant in VARIANTS.items() if name not in left_out and (devices > 1 or not variant.spread)]
 
@@ -646,7 +650,6 @@ def _missing(device: object, size: float) -> str:
 
 DTYPES = {"float16": "16", "bfloat16": "16 (bf16)", "float32": "32"}
 _STACK = ("torch", "transformers", "accelerate")
-QUANTIZATIONS = {"8-bnb": "8 w/bnb", "4-bnb": "4 w/bnb", "4-gptq": "4 w/gptq"}
 HEADER = (
     *("model", "size", "quantization", "GPU configuration", "seconds/token", "total peak VRAM"),
     *("decode / 1 GPU", "first token / 1 GPU", "VRAM / 1 GPU"),
@@ -695,7 +698,7 @@ def _weights(result: Result) -> str:
     if not kind:
         return DTYPES[result.sizes["dtype"]]
     others = [version for library, version in result.versions.items() if library not in _STACK]
-    return " ".join((QUANTIZATIONS[kind], *others))
+    return " ".join((quantized.KINDS[kind].label, *others))
 
 
 def _figures(result: Result, name: str) -> tuple[str, ...]:
@@ -765,7 +768,7 @@ def write_between_markers(file: Path, text: str) -> None:
 def _versions(setting: Setting) -> dict[str, str]:
     versions = {name: str(sys.modules[name].__version__) for name in _STACK}
     if setting.quantization:
-        name = quantized.library_of(setting.quantization)
+        name = quantized.KINDS[setting.quantization].library()
         versions[name] = importlib.metadata.version(name)
     return versions
 
@@ -853,8 +856,8 @@ def _setting(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Se
     variants = options.variants or default_variants(int(count), options.quantization)
     if int(count) == 1 and any(VARIANTS[name].spread for name in variants):
         parser.error(f"--devices {devices}: for these --variants give at least two.")
-    if options.quantization == WITHOUT_GRAPHS and any(VARIANTS[name].applied is graphed for name in variants):
-        parser.error(f"--quantization {WITHOUT_GRAPHS}: its layers wait for their device, which no graph can repeat.")
+    if not has_graphs(options.quantization) and any(VARIANTS[name].applied is graphed for name in variants):
+        parser.error(f"--quantization {options.quantization}: layers wait for their device, which no graph can repeat.")
     setting = Setting(
         layers=options.layers,
         quantization=options.quantization,
@@ -865,9 +868,9 @@ def _setting(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Se
     )
     try:
         if options.quantization:
-            quantized.library_of(options.quantization)
+            quantized.KINDS[options.quantization].library()
     except ModuleNotFoundError as error:
-        parser.error(f"--quantization {error}.")
+        parser.error(f"--quantization {options.quantization}: {error}.")
     try:
         config = setting.config()
     except NotImplementedError as error:

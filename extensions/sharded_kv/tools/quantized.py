@@ -6,6 +6,7 @@ and CUDA: weights are rounded to the nearest number, which is the same to every 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -25,6 +26,35 @@ _GROUP_SIZE = 128  # columns that share a scale, as most GPTQ checkpoints have i
 _TINY_GROUP_SIZE = 32  # of a tiny model, whose layers have 64 columns
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One way of quantizing.
+
+    Attributes:
+        label: in tables, as accelerate issue 1394 writes it.
+        libraries: any of them makes it.
+        layer: makes a layer of a linear one, on its device.
+        has_graphs: no layer waits for its device, so that decode steps can be graphs.
+    """
+
+    label: str
+    libraries: tuple[str, ...]
+    layer: Callable[[nn.Linear], nn.Module]
+    has_graphs: bool = True
+
+    def library(self) -> str:
+        """The name of the one that is installed.
+
+        Raises:
+            ModuleNotFoundError: there is none. The message says what to install.
+        """
+        for name in self.libraries:
+            if importlib.util.find_spec(name):
+                return name
+        newest = self.libraries[-1]
+        raise ModuleNotFoundError(f"{self.label} needs a library that is not here: pip install {newest}", name=newest)
+
+
 def quantize(model: nn.Module, kind: str) -> None:
     """Replace the linear layers of a model's blocks, each on its device, as from_pretrained() would have loaded them.
 
@@ -35,10 +65,10 @@ def quantize(model: nn.Module, kind: str) -> None:
     Raises:
         ModuleNotFoundError: its library is not installed.
     """
-    library_of(kind)
+    KINDS[kind].library()
     for name, linear in list(_linears(model)):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, KINDS[kind](linear).train(linear.training))
+        setattr(model.get_submodule(parent), child, KINDS[kind].layer(linear).train(linear.training))
     if kind == "8-bnb":
         model.is_loaded_in_8bit = True  # as transformers marks it
 
@@ -202,7 +232,7 @@ def _to_gptq(linear: nn.Linear) -> nn.Module:
     packed = pack(linear.weight.data, group_size)
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     is_cuda = linear.weight.is_cuda
-    if library_of("4-gptq") == "auto_gptq":
+    if KINDS["4-gptq"].library() == "auto_gptq":
         module = importlib.import_module(
             "auto_gptq.nn_modules.qlinear.qlinear_" + ("tritonv2" if is_cuda else "cuda_old")
         )
@@ -222,18 +252,8 @@ def _to_gptq(linear: nn.Linear) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-KINDS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {"8-bnb": _to_8bit, "4-bnb": _to_4bit, "4-gptq": _to_gptq}
-LIBRARIES = {"8-bnb": ("bitsandbytes",), "4-bnb": ("bitsandbytes",), "4-gptq": ("auto_gptq", "gptqmodel")}
-
-
-def library_of(kind: str) -> str:
-    """The name of the installed library that makes one of `KINDS`.
-
-    Raises:
-        ModuleNotFoundError: there is none. The message says what to install.
-    """
-    names = LIBRARIES[kind]
-    for name in names:
-        if importlib.util.find_spec(name):
-            return name
-    raise ModuleNotFoundError(f"{kind} needs a library that is not installed: pip install {names[-1]}", name=names[-1])
+KINDS: Mapping[str, Kind] = {
+    "8-bnb": Kind("8 w/bnb", ("bitsandbytes",), _to_8bit, has_graphs=False),
+    "4-bnb": Kind("4 w/bnb", ("bitsandbytes",), _to_4bit),
+    "4-gptq": Kind("4 w/gptq", ("auto_gptq", "gptqmodel"), _to_gptq),
+}
