@@ -3,7 +3,7 @@
 
 STACKS=(2023 2024 gptqmodel now) # the last also runs what runs once
 # What no stack makes a difference to.
-RUN_ONCE=('tests/stacks/*' 'tests/tools/test_simulated*' tests/engine/test_wording.py tests/webui/test_{faults,view}.py)
+RUN_ONCE=('tests/stacks/*' 'tests/tools/test_simulated*' tests/engine/test_wording.py tests/webui/test_{faults,measuring,view}.py)
 RESULTS="$ROOT/.venv/results"
 SEED="$(date +%Y%m%d)" # of random tests: other ones each day, the same ones all day
 MAX_WORKERS=4 # Each test process loads torch: a gigabyte of memory or so.

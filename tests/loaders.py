@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
@@ -58,9 +59,20 @@ def auto_gptq(family: str, folder: Path, device_map: dict[str, Any]) -> Any:
 
     checkpoint = str(quantized.save_gptq(family, folder))
     kernels = {"disable_exllama": True, "disable_exllamav2": True, "use_cuda_fp16": False}
-    wrapper = library.AutoGPTQForCausalLM.from_quantized(checkpoint, device="cpu", torch_dtype=torch.float32, **kernels)
+    with _weights_are_initialised_afterwards():
+        wrapper = library.AutoGPTQForCausalLM.from_quantized(
+            checkpoint, device="cpu", torch_dtype=torch.float32, **kernels
+        )
     wrapper.model = simple_dispatch_model(wrapper.model, device_map)
     return wrapper
+
+
+@contextlib.contextmanager
+def _weights_are_initialised_afterwards() -> Iterator[None]:
+    """AutoGPTQ switches that off in transformers for the whole process: later models would be others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.modeling_utils, "_init_weights", True)
+        yield
 
 
 def gptqmodel(family: str, folder: Path, device_map: dict[str, Any]) -> Any:
