@@ -561,6 +561,26 @@ def test_a_model_on_one_gpu_is_left_alone_but_in_graph_mode(devices: support.Dev
 
 
 @needs_graphs
+def test_what_torch_compiles_of_a_model_leaves_its_graphs_as_they_are(devices: support.Devices) -> None:
+    if devices.kind == "sim":
+        pytest.skip("torch.compile cannot trace simulated devices")
+    (place,) = devices(1)
+    model = models.build("llama", device=place)
+    tokens = support.prompts(1)["input_ids"].to(place)
+    expected = reply(model, place, 40).tolist()
+    with torch.no_grad():
+        right = model(tokens).logits
+        sharding = shard(model)
+        sharding.mode = "graph"
+        torch.testing.assert_close(torch.compile(model)(tokens).logits, right, atol=1e-3, rtol=1e-3)
+    # transformers compiles the forward itself here.
+    assert reply(model, place, 40, cache_implementation="static").shape == (1, 49)
+    assert "StaticCache" in sharding.reason_for_eager
+    assert reply(model, place, 40).tolist() == expected
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
 def test_a_model_on_one_gpu_that_was_switched_off_stays_off(devices: support.Devices) -> None:
     model = models.build("llama").to(devices(1)[0])
     sharding = shard(model)
