@@ -87,7 +87,7 @@ run_suite() { # STACK LAST_STACK PYTEST_OPTION...
   while IFS= read -r file; do chosen+=("$file"); done < <(header "$stack" tests)
   workers="$(env -u OMP_NUM_THREADS nproc)" # nproc would answer with that variable
   printf '%s: running the tests, random ones from seed %s\n' "$stack" "$SEED"
-  COVERAGE_FILE="$RESULTS/coverage" COVERAGE_CORE="$(coverage_core "$stack")" "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" \
+  COVERAGE_FILE="$RESULTS/coverage" COVERAGE_CORE="$(coverage_core "$stack")" "$(venv_python "$stack")" -m pytest -n "$((workers < MAX_WORKERS ? workers : MAX_WORKERS))" --dist worksteal \
     --hypothesis-seed "$SEED" -o cache_dir=".venv/$stack/.pytest_cache" --junitxml "$RESULTS/$stack.xml" ${chosen[@]+"${chosen[@]}"} "$@" || status=$?
   record stack "$stack" "$((SECONDS - started))" "$status"
 }

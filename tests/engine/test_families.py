@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import transformers
 from packaging.version import Version
@@ -17,8 +20,8 @@ CASES = [(name, count) for name in ("llama", "llama-gqa", "gptj") for count in (
         ("gpt-neox", "opt", "bloom", "mpt", "falcon", "mistral-sliding", "mixtral", "gemma2", "t5", "qwen2", "phi")
     )
 ]
-
-
+# One for each of four devices, and two of each kind where kinds take turns.
+LAYERS = {"num_hidden_layers": 4}
 # What transformers itself cannot do, on one device either, and from which version on it can.
 BROKEN_UPSTREAM = {
     ("gemma2", "contrastive"): "5",  # HybridCache, which has no contrastive search
@@ -28,12 +31,24 @@ BROKEN_UPSTREAM = {
 }
 
 
+def build(family: str) -> Any:
+    layers = LAYERS | ({"num_decoder_layers": 4} if family == "t5" else {})
+    return models.build(support.family_or_skip(family), **layers)
+
+
+@functools.lru_cache(maxsize=64)
+def on_cpu(family: str, way: support.Way) -> list[list[int]]:
+    """The tokens of the same model on the CPU, without hooks."""
+    tokens: list[list[int]] = way.run(build(family), "cpu").tokens.tolist()
+    return tokens
+
+
 @pytest.mark.parametrize("way", support.WAYS, ids=str)
 @pytest.mark.parametrize(("family", "count"), CASES)
 def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
     devices: support.Devices, family: str, count: int, way: support.Way
 ) -> None:
-    model = models.build(support.family_or_skip(family))
+    model = build(family)
     if not way.needs(model):
         pytest.skip(f"{family} has no {way} on this stack")
     if Version(transformers.__version__) < Version(BROKEN_UPSTREAM.get((family, way.name), "0")):
@@ -50,4 +65,4 @@ def test_a_sharded_model_replies_as_on_the_cpu_and_as_under_accelerate(
     assert support.same(ours.states, theirs.states)
     assert ours.places == theirs.places
     if devices.kind == "sim":  # other kernels than the CPU's round otherwise
-        assert ours.tokens.tolist() == support.on_cpu(family, way).tokens.tolist()
+        assert ours.tokens.tolist() == on_cpu(family, way)

@@ -93,7 +93,7 @@ def right(tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> 
 @pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_replies_are_the_same_token_for_token(devices: support.Devices, family: str, count: int) -> None:
     tokens = 256 if count == 2 else 24
-    model = models.build(support.family_or_skip(family), **FAMILIES[family])
+    model = models.build(support.family_or_skip(family), num_hidden_layers=4, **FAMILIES[family])
     place = devices(count)[0]
     model = support.spread(model, devices(count)) if count > 1 else model.to(place)
     expected = reply(model, place, tokens).tolist()
