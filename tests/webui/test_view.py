@@ -295,6 +295,11 @@ def test_nothing_is_faster_than_what_was_not_measured(unsharded: Figures | None)
     assert f"off {DASH}" in tile(page, "Seconds / token")
 
 
+def test_a_reply_of_one_token_was_too_short_to_compare() -> None:
+    page = live(unsharded=Figures(first_token_seconds=0.07))
+    assert page.one("skv-remark").text == "The last reply with sharding off was too short to compare."
+
+
 def test_before_the_first_reply_there_are_dashes_and_what_to_do() -> None:
     page = live(sharded=None, unsharded=None, current=Figures(), generating=False, tokens=())
     assert {element.text for element in page.all("skv-value")} == {DASH}

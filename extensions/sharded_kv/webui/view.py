@@ -162,6 +162,8 @@ def _remark(snapshot: Snapshot, other: Figures, other_tone: str) -> str:
     now = snapshot.current
     if now.seconds_per_token and other.seconds_per_token:
         return _times(now.seconds_per_token, other.seconds_per_token) or "no difference"
+    if now.seconds_per_token and other.first_token_seconds is not None:
+        return f"The last reply with sharding {other_tone} was too short to compare."
     if now.seconds_per_token:
         return f"No reply with sharding {other_tone} yet."
     return "The first tokens are on their way." if snapshot.generating else "Ask the model something."
