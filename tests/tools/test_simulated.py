@@ -541,6 +541,16 @@ def test_in_place_operators_return_their_tensor() -> None:
     assert x.to(torch.float32) is x
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("rows", [slice(None), slice(-1, None)], ids=["contiguous", "with-gaps"])
+def test_a_linear_layer_gives_the_same_bits_whether_it_runs_whole_or_in_parts(mode: Any, rows: slice) -> None:
+    x, layer = torch.randn(3, 9, 64), torch.nn.Linear(64, 160, bias=False)
+    in_parts = torch.mm(x[:, rows].reshape(-1, 64), layer.weight.t()).view(3, -1, 160).detach()
+    layer.to("sim:0")
+    with mode():
+        assert torch.equal(layer(x.to("sim:0")[:, rows]).detach().cpu(), in_parts)
+
+
 def test_inference_mode_makes_inference_tensors_and_views_of_others_are_none() -> None:
     x = on(SIM1)
     with torch.inference_mode():

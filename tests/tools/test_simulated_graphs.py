@@ -247,6 +247,21 @@ def test_a_reset_gives_its_memory_back() -> None:
     assert simulated.allocated(0) == before
 
 
+def test_a_replay_takes_no_memory() -> None:
+    x = torch.ones(1024, device=SIM0)
+    with capturing() as graph:
+        y = x + 1
+    simulated.reset_peak(0)
+    peak = simulated.peak(0)
+    simulated.set_capacity(0, simulated.allocated(0))
+    try:
+        graph.replay()
+    finally:
+        simulated.set_capacity(0, None)
+    assert simulated.peak(0) == peak
+    assert y.sum() == 2 * 1024
+
+
 def test_a_capture_that_does_not_fit_is_out_of_memory() -> None:
     x = torch.zeros(1024, device=SIM0)
     gc.collect()

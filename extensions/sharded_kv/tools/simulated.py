@@ -285,18 +285,19 @@ class _Memory:
 
     def _take(self, index: int, nbytes: int, *, keep: bool = True) -> None:
         with self._lock:
-            self._settle()
+            if self._freed:
+                self._settle()
             before = self._used.get(index, 0)
             after = before + nbytes
             capacity = self.capacity.get(index)
-            if capacity is not None and after > max(before, capacity):
+            if capacity is not None and after > max(before, capacity) and not simulated_graphs.is_replaying():
                 raise torch.OutOfMemoryError(
                     f"sim:{index} out of memory. Tried to allocate {_size(nbytes)}. GPU {index} has a total capacity "
                     f"of {_size(capacity)} of which {_size(max(0, capacity - before))} is free."
                 )
             if keep:
                 self._used[index] = after
-                if after > self._most.get(index, 0):
+                if after > self._most.get(index, 0) and not simulated_graphs.is_replaying():
                     self._most[index] = after
 
     def _settle(self) -> None:
@@ -705,6 +706,12 @@ def _shell(raw: torch.Tensor, index: int, block: _Block, kind: type[SimTensor] =
     return tensor
 
 
+def _outside_inference_mode(raw: torch.Tensor, index: int, block: _Block) -> SimTensor:
+    """A view of a tensor from outside inference mode is one from outside, too."""
+    with torch.inference_mode(False):
+        return _shell(raw, index, block)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,16 +741,20 @@ class _Op:
 
 
 class _Call:
-    """One operator call: the operands' device, and which shell and which block each CPU tensor belongs to."""
+    """One operator call: its operands, which lie on one device, and its results.
 
-    __slots__ = ("blocks", "device", "index", "op", "shells")
+    Args:
+        op: the operator.
+        index: the device's index where no operand tells it.
+    """
+
+    __slots__ = ("device", "index", "op", "operands")
 
     def __init__(self, op: _Op, index: int | None = None) -> None:
         self.op = op
         self.device: torch.device | None = None
         self.index = index
-        self.shells: dict[int, SimTensor] = {}
-        self.blocks: dict[int, _Block] = {}
+        self.operands: list[SimTensor] = []
 
     def unwrap(self, value: Any) -> Any:
         """An argument with CPU tensors in the place of simulated ones.
@@ -756,7 +767,8 @@ class _Call:
             if value.device_index != self.index or self.device is None:
                 self.meet(_device(value.device_index))
                 self.index = value.device_index
-            return self.known(value)
+            self.operands.append(value)
+            return value.raw
         if kind in _PLAIN:
             return value
         if isinstance(value, (list, tuple)):
@@ -764,13 +776,6 @@ class _Call:
         if isinstance(value, torch.Tensor) and not (self.op.scalars and value.dim() == 0 and value.is_cpu):
             self.meet(value.device)
         return value
-
-    def known(self, tensor: SimTensor) -> torch.Tensor:
-        """An operand's CPU tensor, remembered so that a result which is it, or a view of it, is recognised."""
-        raw, block = tensor.raw, tensor.block
-        self.shells[id(raw)] = tensor
-        self.blocks[block.storage_id] = block
-        return raw
 
     def wrap(self, result: Any) -> Any:
         """A result with simulated tensors in the place of CPU ones.
@@ -780,8 +785,10 @@ class _Call:
             NotImplementedError: a tensor that is not strided.
         """
         if isinstance(result, torch.Tensor):
-            shell = self.shells.get(id(result))
-            return self._shell(result) if shell is None else shell
+            for operand in self.operands:
+                if operand.raw is result:
+                    return operand
+            return self._shell(result)
         if isinstance(result, (list, tuple)):
             self._check([item for item in result if isinstance(item, torch.Tensor)])
             return type(result)([self.wrap(item) for item in result])
@@ -792,19 +799,28 @@ class _Call:
             raise NotImplementedError(
                 f"{self.op.func}: a result that is no plain strided tensor, on a simulated device"
             )
-        storage = raw.untyped_storage()
-        block = self.blocks.get(storage._cdata)
+        index, storage = cast(int, self.index), raw.untyped_storage()
+        block = self._block(storage)
         if block is None:
-            block = self.blocks[storage._cdata] = _backend.memory.allocate(cast(int, self.index), storage)
-        elif torch.is_inference_mode_enabled() and not all(shell.is_inference() for shell in self.shells.values()):
-            with torch.inference_mode(False):  # a view of a tensor from outside inference mode is one from outside, too
-                return _shell(raw, cast(int, self.index), block)
-        return _shell(raw, cast(int, self.index), block)
+            shell = _shell(raw, index, _backend.memory.allocate(index, storage))
+            self.operands.append(shell)  # another result may be a view of it
+            return shell
+        if torch.is_inference_mode_enabled() and not all(operand.is_inference() for operand in self.operands):
+            return _outside_inference_mode(raw, index, block)
+        return _shell(raw, index, block)
+
+    def _block(self, storage: torch.UntypedStorage) -> _Block | None:
+        """The allocation that an operand has on this storage, of which a result is a view then."""
+        address = storage._cdata
+        for operand in self.operands:
+            if operand.block.storage_id == address:
+                return operand.block
+        return None
 
     def _check(self, raws: Sequence[torch.Tensor]) -> None:
         """All results of an operator fit, or none is made."""
         storages = [raw.untyped_storage() for raw in raws]
-        new = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in self.blocks}
+        new = {storage._cdata: storage.nbytes() for storage in storages if self._block(storage) is None}
         if new:
             _backend.memory.check(cast(int, self.index), sum(new.values()))
 
@@ -863,6 +879,17 @@ def _compute(op: _Op, args: Any, kwargs: Any) -> Any:
         for value in written:
             _follow(value)
     return call.wrap(result)
+
+
+def _view(op: _Op, args: Any, kwargs: Any) -> Any:
+    """A view of the only operand: about half of what a model runs, so it goes a short way."""
+    tensor = args[0]
+    raw = op.func(tensor.raw, *args[1:], **kwargs)
+    if raw is tensor.raw:
+        return tensor
+    if torch.is_inference_mode_enabled() and not tensor.is_inference():
+        return _outside_inference_mode(raw, tensor.device_index, tensor.block)
+    return _shell(raw, tensor.device_index, tensor.block)
 
 
 def _to_cpu(call: _Call, kwargs: dict[str, Any]) -> bool:
@@ -926,7 +953,8 @@ def _describe(func: Any) -> _Op:
     ]
     return _Op(
         func=func,
-        special=_SPECIAL.get(func.overloadpacket) or (_decompose if _is_composite(func) else None),
+        special=_SPECIAL.get(func.overloadpacket)
+        or (_decompose if _is_composite(func) else _view if _is_view(func) else None),
         scalars=torch.Tag.pointwise in func.tags or func.overloadpacket in _TAKE_SCALARS or "_foreach_" in str(func),
         generator=generator,
         draws=generator < 0 and torch.Tag.nondeterministic_seeded in func.tags,
@@ -938,6 +966,14 @@ def _describe(func: Any) -> _Op:
 def _is_composite(func: Any) -> bool:
     # They arrive whole in inference mode only. Those that are safe to run whole stay whole, because that is faster.
     return func.overloadpacket not in _WHOLE and func._can_decompose()
+
+
+def _is_view(func: Any) -> bool:
+    """Whether it takes one tensor, beside numbers, and returns nothing but a view of it."""
+    kinds = [str(argument.type) for argument in func._schema.arguments]
+    takes_one = kinds[:1] == ["Tensor"] and not any("Tensor" in kind for kind in kinds[1:])
+    returns_one = [str(result.type) for result in func._schema.returns] == ["Tensor"]
+    return takes_one and returns_one and (func.is_view or func.overloadpacket is aten._unsafe_view)
 
 
 def _decompose(op: _Op, args: Any, kwargs: Any) -> Any:
@@ -1049,6 +1085,16 @@ def _histc(op: _Op, args: Any, kwargs: Any) -> Any:
     return call.wrap(op.func(call.unwrap(tensor).double(), *rest, **kwargs).to(tensor.dtype))
 
 
+def _linear(op: _Op, args: Any, kwargs: Any) -> Any:
+    tensor, weight, bias = [*args, kwargs.get("bias")][:3]
+    if tensor.is_contiguous() or not weight.requires_grad:
+        return _compute(op, args, kwargs)
+    # As of a tensor without gaps, torch makes one matrix of all rows where the weight wants a gradient (should_fold in
+    # ATen/native/LinearAlgebra.cpp), which the CPU tensors do not show.
+    product = op.func(tensor.contiguous(), weight)
+    return product if bias is None else product.add_(bias)
+
+
 def _attention(op: _Op, args: Any, kwargs: Any) -> Any:
     dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     return _decompose(op, args, kwargs) if dropout else _compute(op, args, kwargs)
@@ -1091,6 +1137,7 @@ _SPECIAL: dict[Any, Callable[[_Op, Any, Any], Any]] = {
     aten.masked_fill_: _masked_fill,
     aten.fill_: _fill,
     aten.histc: _histc,
+    aten.linear: _linear,
     aten.scaled_dot_product_attention: _attention,
     aten.record_stream: _nothing,
     aten.detach_: _unchanged,
@@ -1104,6 +1151,7 @@ _SPECIAL: dict[Any, Callable[[_Op, Any, Any], Any]] = {
 }
 
 # Composite operators that compute nothing but from their operands: no device, no random number, no read hides in them.
+# They arrive whole in inference mode, and the largest ones of a model, which _register names, without gradients, too.
 _WHOLE = frozenset({aten.linear, aten.matmul, aten.reshape, aten.contiguous, aten.scaled_dot_product_attention})
 
 # Operators without the pointwise tag that take a CPU tensor without dimensions beside tensors on a GPU.
@@ -1136,6 +1184,18 @@ def _factory(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _kernel(run: Callable[..., Any], func: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: _backend.backward.shielded(run, func, args, kwargs)
+
+
+def _kept_whole(func: Any) -> Callable[..., Any]:
+    """A composite operator in front of autograd, which else takes it apart where no gradient is wanted either."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return func.decompose(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return func(*args, **kwargs)
+
+    return run
 
 
 def _fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1286,6 +1346,8 @@ def _register() -> None:
         packet, _, overload = name.partition(".")
         func = getattr(getattr(aten, packet), overload or "default")
         library.impl(name, _kernel(_factory, func), "PrivateUse1")
+    for packet in (aten.linear, aten.scaled_dot_product_attention):
+        library.impl(packet.default, _kept_whole(packet.default), "AutogradPrivateUse1")
     # torch.tensor() switches Python dispatch off inside, so its copy to the device comes as the backend's own operator.
     library.impl("_copy_from", _kernel(_run, aten._copy_from.default), "PrivateUse1")
     # So does its reading of scalars out of a list of tensors, as transformers 4's beam search ends.

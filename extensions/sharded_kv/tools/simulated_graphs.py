@@ -89,12 +89,16 @@ class CUDAGraph:
 
     def replay(self) -> None:
         """Run all that was captured again, on the same memory."""
-        with torch.inference_mode():  # in which tensors of both kinds may be written to
-            for step in self._steps:
-                result = step.run(step.func, step.args, dict(step.kwargs))
-                for old, new in zip(_simulated(step.result), _simulated(result), strict=True):
-                    if _memory(old) != _memory(new):
-                        old.raw.copy_(new.raw)
+        _thread.is_replaying = True
+        try:
+            with torch.inference_mode():  # in which tensors of both kinds may be written to
+                for step in self._steps:
+                    result = step.run(step.func, step.args, dict(step.kwargs))
+                    for old, new in zip(_simulated(step.result), _simulated(result), strict=True):
+                        if _memory(old) != _memory(new):
+                            old.raw.copy_(new.raw)
+        finally:
+            _thread.is_replaying = False
 
     def reset(self) -> None:
         """Forget what was captured."""
@@ -156,6 +160,7 @@ class _Thread(threading.local):
 
     stream: Stream | None = None
     graph: CUDAGraph | None = None
+    is_replaying = False
 
 
 _thread = _Thread()
@@ -174,6 +179,11 @@ def captured(run: Callable[..., Any]) -> Callable[..., Any]:
 def is_capturing() -> bool:
     """Whether this thread captures a graph."""
     return _thread.graph is not None
+
+
+def is_replaying() -> bool:
+    """Whether this thread replays a graph, which takes no memory: results go where those of the capture went."""
+    return _thread.is_replaying
 
 
 def _leaves(value: Any) -> Iterator[Any]:
