@@ -40,6 +40,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 needs_graphs = pytest.mark.skipif(Version("4.44") > VERSION, reason="no graph mode with this transformers")
 
 
+def build(family: str, **options: Any) -> Any:
+    """A tiny model of four layers, if nothing else is said: one for each of four devices."""
+    return models.build(support.family_or_skip(family), **({"num_hidden_layers": 4} | options))
+
+
 @pytest.fixture
 def places(devices: support.Devices) -> list[str]:
     return devices.up_to(2)
@@ -47,7 +52,7 @@ def places(devices: support.Devices) -> list[str]:
 
 @pytest.fixture
 def model(places: list[str]) -> Any:
-    return support.spread(models.build("llama"), places)
+    return support.spread(build("llama"), places)
 
 
 @pytest.fixture
@@ -81,7 +86,7 @@ def reply(model: Any, place: str, tokens: int = 20, batch: int = 1, length: int 
 
 def right(tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> list[list[int]]:
     """The reply of the same model on the CPU."""
-    return reply(models.build("llama"), "cpu", tokens, batch, length, **options).tolist()
+    return reply(build("llama"), "cpu", tokens, batch, length, **options).tolist()
 
 
 # --- the same tokens --------------------------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ def right(tokens: int = 20, batch: int = 1, length: int = 9, **options: Any) -> 
 @pytest.mark.no_cover  # long, and of lines that shorter tests run
 def test_replies_are_the_same_token_for_token(devices: support.Devices, family: str, count: int) -> None:
     tokens = 256 if count == 2 else 24
-    model = models.build(support.family_or_skip(family), num_hidden_layers=4, **FAMILIES[family])
+    model = build(family, num_hidden_layers=max(2, count), **FAMILIES[family])
     place = devices(count)[0]
     model = support.spread(model, devices(count)) if count > 1 else model.to(place)
     expected = reply(model, place, tokens).tolist()
@@ -118,7 +123,7 @@ def test_every_way_of_generating_gives_its_tokens(
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_logits_of_given_tokens_are_those_of_eager_mode(devices: support.Devices, count: int) -> None:
     place = devices(count)[0]
-    model = models.build("llama")
+    model = build("llama")
     model = support.spread(model, devices(count)) if count > 1 else model.to(place)
     tokens = torch.randint(5, models.VOCAB_SIZE, (3, 136), generator=torch.Generator().manual_seed(0)).to(place)
     sharding = shard(model)
@@ -286,7 +291,7 @@ def test_an_unloaded_model_takes_its_graphs_along(devices: support.Devices, plac
 
 
 def capture_once(places: list[str]) -> None:
-    model = support.spread(models.build("llama"), places)
+    model = support.spread(build("llama"), places)
     sharding = shard(model)
     sharding.mode = "graph"
     reply(model, places[0])
@@ -545,7 +550,7 @@ def test_graphs_that_compute_something_else_are_not_used(
 @needs_graphs
 def test_a_model_on_one_gpu_is_left_alone_but_in_graph_mode(devices: support.Devices) -> None:
     (place,) = devices(1)
-    model = models.build("llama").to(place)
+    model = build("llama").to(place)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     sharding = shard(model)
     assert not sharding.active
@@ -565,7 +570,7 @@ def test_what_torch_compiles_of_a_model_leaves_its_graphs_as_they_are(devices: s
     if devices.kind == "sim":
         pytest.skip("torch.compile cannot trace simulated devices")
     (place,) = devices(1)
-    model = models.build("llama", device=place)
+    model = build("llama", device=place)
     tokens = support.prompts(1)["input_ids"].to(place)
     expected = reply(model, place, 40).tolist()
     with torch.no_grad():
@@ -582,7 +587,7 @@ def test_what_torch_compiles_of_a_model_leaves_its_graphs_as_they_are(devices: s
 
 @needs_graphs
 def test_a_model_on_one_gpu_that_was_switched_off_stays_off(devices: support.Devices) -> None:
-    model = models.build("llama").to(devices(1)[0])
+    model = build("llama").to(devices(1)[0])
     sharding = shard(model)
     sharding.disable()
     sharding.mode = "graph"
@@ -691,7 +696,7 @@ def test_a_step_with_gradients_runs_without(model: Any, sharding: Sharding, plac
 @needs_graphs
 def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices) -> None:
     places = devices(2)
-    model = models.build("llama")
+    model = build("llama")
     device_map = models.device_map(model, [*places, "cpu"])
     model = support.spread(model, places, device_map=device_map)
     sharding = shard(model)
@@ -704,7 +709,7 @@ def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices) -
 @pytest.mark.parametrize("family", ["bloom", "falcon", "mpt"])
 def test_an_architecture_that_graphs_cannot_repeat_is_found_out(devices: support.Devices, family: str) -> None:
     places = devices(2)
-    model = support.spread(models.build(support.family_or_skip(family)), places)
+    model = support.spread(build(family), places)
     expected = reply(model, places[0]).tolist()
     sharding = shard(model)
     sharding.mode = "graph"
@@ -715,7 +720,7 @@ def test_an_architecture_that_graphs_cannot_repeat_is_found_out(devices: support
 @needs_graphs
 @pytest.mark.skipif(Version("5") > VERSION, reason="this transformers keeps no window in its cache")
 def test_a_reply_goes_on_without_when_it_outgrows_the_sliding_window(places: list[str]) -> None:
-    model = support.spread(models.build("mistral-sliding", sliding_window=16), places)
+    model = support.spread(build("mistral-sliding", sliding_window=16), places)
     expected = reply(model, places[0], tokens=30).tolist()
     sharding = shard(model)
     sharding.mode = "graph"
@@ -726,7 +731,7 @@ def test_a_reply_goes_on_without_when_it_outgrows_the_sliding_window(places: lis
 @needs_graphs
 @pytest.mark.skipif(Version("5") > VERSION, reason="this transformers has no mask of its own for a window")
 def test_a_window_that_the_cache_does_not_know_is_kept_to_as_well(places: list[str]) -> None:
-    model = support.spread(models.build("mistral-sliding", sliding_window=16), places)
+    model = support.spread(build("mistral-sliding", sliding_window=16), places)
 
     def with_plain_cache() -> list[list[int]]:
         return reply(model, places[0], tokens=30, past_key_values=transformers.DynamicCache()).tolist()

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -287,42 +286,33 @@ def test_it_asks_once_a_second_while_it_can_be_seen(page: Any) -> None:
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_pictures_at_every_width_in_both_themes(
-    page: Any, open_page: Callable[..., Any], theme: str, width: int
-) -> None:
-    picture = open_page(width, 1000)
-    picture.evaluate(f"document.body.classList.toggle('dark', {str(theme == 'dark').lower()})")
-    picture.click("#demo-reply")
-    wait_until(picture, lambda: "replying" in panel(picture))
-    wait_until(picture, lambda: re.search(r"\d", big_number(picture)) is not None)
-    picture.wait_for_timeout(1500)
+def test_pictures_at_every_width_in_both_themes(page: Any, theme: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 1000})
+    page.evaluate(f"document.body.classList.toggle('dark', {str(theme == 'dark').lower()})")
+    page.click("#demo-reply")
+    wait_until(page, lambda: "replying" in panel(page))
+    wait_until(page, lambda: re.search(r"\d", big_number(page)) is not None)
+    page.wait_for_timeout(1500)
     SCREENSHOTS.mkdir(exist_ok=True)
     stack = Path(sys.prefix).name
-    picture.screenshot(path=SCREENSHOTS / f"{stack}-{theme}-{width}.png", full_page=True)
-    assert picture.evaluate("document.documentElement.scrollWidth") <= width
-    colour = picture.evaluate("getComputedStyle(document.querySelector('.skv-main .skv-value')).color")
+    page.screenshot(path=SCREENSHOTS / f"{stack}-{theme}-{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    colour = page.evaluate("getComputedStyle(document.querySelector('.skv-main .skv-value')).color")
     lightness = sum(map(int, re.findall(r"\d+", colour)[:3]))
     assert (lightness > 3 * 150) == (theme == "dark")
 
 
-def test_a_server_that_has_gone_is_not_asked_over_and_over(browser: Any) -> None:
+def test_ctrl_c_ends_it_cleanly_and_no_open_page_asks_it_over_and_over(browser: Any) -> None:
     demo = Demo()
     page = browser.new_page()
-    page.goto(demo.url)
+    assert page.goto(demo.url).status == 200
     page.wait_for_selector("#sharded_kv-beat", state="attached", timeout=30_000)
-    demo.process.kill()
-    demo.process.wait()
+    assert demo.interrupt() == 0
+    assert "Traceback" not in "".join(demo.lines)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", demo.port)) != 0
     posted: list[str] = []
     page.on("request", lambda request: posted.append(request.url) if request.method == "POST" else None)
     page.wait_for_timeout(5000)
     page.close()
     assert len(posted) <= 1
-
-
-def test_ctrl_c_ends_it_cleanly() -> None:
-    demo = Demo()
-    assert urllib.request.urlopen(demo.url).status == 200
-    assert demo.interrupt() == 0
-    assert "Traceback" not in "".join(demo.lines)
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", demo.port)) != 0
