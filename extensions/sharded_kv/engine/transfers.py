@@ -74,12 +74,17 @@ class _Copy:
     """A tensor, its copy on another device, and how both looked when the copy was made.
 
     The source is held weakly: a hidden state that has crossed dies as early as under accelerate, and its copy with it.
+
+    Attributes:
+        source_version, copy_version: count the changes in place; None for inference tensors, which do not count them.
+        turn: the device's turn in which the copy was made.
     """
 
     source: weakref.ref[Tensor]
-    source_stamp: int
+    source_version: int | None
     copy: Tensor
-    copy_stamp: int
+    copy_version: int | None
+    turn: int
 
 
 class Forward:
@@ -159,22 +164,41 @@ class Forward:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are.
 
-        Every block of a stage comes here: what most inputs are is decided without a call. What was given is as before,
-        should anything fail midway.
+        Every block comes here: that an input stays, as most do, is found out without a call. What was given is as
+        before, should anything fail midway.
         """
-        moved = dict(kwargs)
+        moved = kwargs
         for key, value in kwargs.items():
             kind = type(value)
             if kind is Tensor:
-                if value.device != device and key not in keep:
-                    moved[key] = self._copy(value, device)
-            elif kind not in _PLAIN and key not in keep:
+                if value.device == device:
+                    continue
+            elif kind is tuple:
+                if _are_tensors_on(device, value):
+                    continue
+            elif kind in _PLAIN or _kind(kind) == "inert":  # type: ignore[arg-type]
+                continue
+            if key in keep:
+                continue
+            if moved is kwargs:
+                moved = dict(kwargs)
+            if kind is Tensor:
+                moved[key] = self._copy(value, device)
+            elif kind is tuple:
+                moved[key] = tuple(self._move_each(value, device, keep))
+            else:
                 moved[key] = self.move(value, device, keep)
-        return tuple(self._move_each(args, device, keep)), moved
+        if not _are_tensors_on(device, args):
+            args = tuple(self._move_each(args, device, keep))
+        return args, moved
 
     def _move_each(self, values: Iterable[Any], device: torch.device, keep: frozenset[str]) -> list[Any]:
         return [
-            value if type(value) is Tensor and value.device == device else self.move(value, device, keep)
+            self.move(value, device, keep)
+            if type(value) is not Tensor
+            else value
+            if value.device == device
+            else self._copy(value, device)
             for value in values
         ]
 
@@ -204,14 +228,21 @@ class Forward:
         return copy
 
     def _is_good(self, known: _Copy, source: Tensor) -> bool:
-        """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now."""
-        copy = known.copy
+        """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now.
+
+        Of what does not count its changes a copy is good while one device has its turn, since nothing that runs on the
+        others can have changed it meanwhile.
+        """
+        copy, is_same_turn = known.copy, known.turn == self._turns
         return (
             known.source() is source
-            and known.source_stamp == (-1 - self._turns if source.is_inference() else source._version)
-            and known.copy_stamp == (-1 - self._turns if copy.is_inference() else copy._version)
+            and (is_same_turn if known.source_version is None else source._version == known.source_version)
+            and (
+                is_same_turn and torch.is_inference_mode_enabled()
+                if known.copy_version is None
+                else copy._version == known.copy_version
+            )
             and (not source.requires_grad or copy.requires_grad or not torch.is_grad_enabled())
-            and (known.copy_stamp >= 0 or torch.is_inference_mode_enabled())
         )
 
     def _count(self, tensor: Tensor, device: torch.device) -> None:
@@ -221,19 +252,23 @@ class Forward:
         key, memo = (id(tensor), device), self._memo
         # The record ends with its source, before the id can be another tensor's.
         source = weakref.ref(tensor, lambda _: memo.pop(key, None))
-        memo[key] = _Copy(source, self._stamp(tensor), copy, self._stamp(copy))
+        memo[key] = _Copy(source, _version(tensor), copy, _version(copy), self._turns)
 
-    def _stamp(self, tensor: Tensor) -> int:
-        """Changes when `tensor` was changed in place.
 
-        Inference tensors do not count their changes: of them a copy is good while one device has its turn, since
-        nothing that runs on the others can have changed them meanwhile.
-        """
-        return -1 - self._turns if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 # The types of inputs that hold no tensor, most of them.
 _PLAIN = frozenset({type(None), bool, int, float, str})
+
+
+def _are_tensors_on(device: torch.device, values: tuple[Any, ...]) -> bool:
+    """Whether all of `values` are plain tensors on `device`."""
+    for value in values:  # noqa: SIM110 (a generator takes twice as long, and every block asks twice)
+        if type(value) is not Tensor or value.device != device:
+            return False
+    return True
 
 
 def is_plain(value: Any) -> bool:

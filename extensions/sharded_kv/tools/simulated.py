@@ -857,9 +857,7 @@ _PLAIN = frozenset(
 @simulated_graphs.captured
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an operator that has at least one simulated tensor among its operands."""
-    op = _ops.get(func)
-    if op is None:
-        op = _ops[func] = _describe(func)
+    op = _facts(func)
     return _compute(op, args, kwargs) if op.special is None else op.special(op, args, kwargs)
 
 
@@ -941,6 +939,13 @@ def _follow(tensor: Any) -> None:
             storage.resize_(block.nbytes)
             raise
     tensor.data = _shell(raw, tensor.device_index, block)
+
+
+def _facts(func: Any) -> _Op:
+    op = _ops.get(func)
+    if op is None:
+        op = _ops[func] = _describe(func)
+    return op
 
 
 def _describe(func: Any) -> _Op:
@@ -1174,7 +1179,7 @@ _FACTORIES = (
 @simulated_graphs.captured
 def _factory(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an operator without tensors among its operands: it makes a new one."""
-    op = _describe(func)
+    op = _facts(func)
     if kwargs.get("device") is None:
         raise NotImplementedError(f"{func} without a tensor or a device, on a simulated device")
     call = _Call(op)
