@@ -1156,7 +1156,7 @@ _SPECIAL: dict[Any, Callable[[_Op, Any, Any], Any]] = {
 }
 
 # Composite operators that compute nothing but from their operands: no device, no random number, no read hides in them.
-# They arrive whole in inference mode, and the largest ones of a model, which _register names, without gradients, too.
+# They arrive whole in inference mode only, but for linear layers (_linear_in_front_of_autograd).
 _WHOLE = frozenset({aten.linear, aten.matmul, aten.reshape, aten.contiguous, aten.scaled_dot_product_attention})
 
 # Operators without the pointwise tag that take a CPU tensor without dimensions beside tensors on a GPU.
@@ -1191,16 +1191,13 @@ def _kernel(run: Callable[..., Any], func: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: _backend.backward.shielded(run, func, args, kwargs)
 
 
-def _kept_whole(func: Any) -> Callable[..., Any]:
-    """A composite operator in front of autograd, which else takes it apart where no gradient is wanted either."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return func.decompose(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return func(*args, **kwargs)
-
-    return run
+def _linear_in_front_of_autograd(*args: Any, **kwargs: Any) -> Any:
+    """A linear layer, most of a model's work, stays whole where no gradient is wanted; autograd would take it apart."""
+    linear = aten.linear.default
+    if torch.is_grad_enabled():
+        return linear.decompose(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear(*args, **kwargs)
 
 
 def _fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1351,8 +1348,7 @@ def _register() -> None:
         packet, _, overload = name.partition(".")
         func = getattr(getattr(aten, packet), overload or "default")
         library.impl(name, _kernel(_factory, func), "PrivateUse1")
-    for packet in (aten.linear, aten.scaled_dot_product_attention):
-        library.impl(packet.default, _kept_whole(packet.default), "AutogradPrivateUse1")
+    library.impl("linear", _linear_in_front_of_autograd, "AutogradPrivateUse1")
     # torch.tensor() switches Python dispatch off inside, so its copy to the device comes as the backend's own operator.
     library.impl("_copy_from", _kernel(_run, aten._copy_from.default), "PrivateUse1")
     # So does its reading of scalars out of a list of tensors, as transformers 4's beam search ends.
