@@ -112,7 +112,7 @@ def test_four_replies_at_once_are_right_while_a_fifth_thread_switches(places: li
 
     together(switches, *(lambda prompt=prompt: write(prompt) for prompt in range(4)))
     assert sharding.failure == ""
-    assert min(replies) >= 2, "the switches were over before the replies"
+    assert min(replies) >= SWITCHES // 1_000
     sharding.enable()
     assert reply(model, places[0], 0) == right[0]
 
