@@ -66,6 +66,61 @@ def test_a_tensor_in_place_is_returned_itself(forward: Forward, counter: Traffic
     assert counter.read().total_copies == 0
 
 
+def test_inputs_that_every_block_is_given_cross_once(
+    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+) -> None:
+    given = {"mask": torch.ones(2, device=here), "rotary": (torch.ones(3, device=here), torch.zeros(3, device=here))}
+    sets = [forward.move_inputs((), dict(given, cache=None), there)[1] for _ in range(4)]
+    assert counter.read().total_copies == 3
+    assert all(moved["mask"] is sets[0]["mask"] for moved in sets)
+    assert all(moved["rotary"][1] is sets[0]["rotary"][1] for moved in sets)
+
+
+@pytest.mark.parametrize("changed", ["source", "copy"])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_inputs_that_every_block_is_given_are_right_after_a_change_in_place(
+    forward: Forward, here: torch.device, there: torch.device, changed: str, blocks: int
+) -> None:
+    given = {"mask": torch.ones(2, device=here), "rotary": (torch.ones(1, device=here),)}
+    for _ in range(blocks):
+        _, moved = forward.move_inputs((), dict(given), there)
+    (given if changed == "source" else moved)["rotary"][0].add_(1)
+    _, moved = forward.move_inputs((), dict(given), there)
+    assert moved["rotary"][0].tolist() == [2 if changed == "source" else 1]
+    assert moved["mask"].tolist() == [1, 1]
+
+
+def test_a_block_is_given_its_own_inputs_after_others_had_the_same(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    mask, own = torch.ones(2, device=here), torch.zeros(2, device=here)
+    for _ in range(3):
+        forward.move_inputs((), {"mask": mask, "layer": None}, there)
+    assert forward.move_inputs((), {"mask": mask, "layer": 3}, there)[1]["layer"] == 3
+    assert forward.move_inputs((), {"mask": own, "layer": None}, there)[1]["mask"].tolist() == [0, 0]
+    assert forward.move_inputs((), {"bias": mask, "layer": None}, there)[1].keys() == {"bias", "layer"}
+    assert forward.move_inputs((), {"mask": mask, "layer": None}, here)[1]["mask"] is mask
+
+
+def test_a_hidden_state_that_crossed_by_name_is_not_held(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    hidden, mask = torch.ones(3, device=here), torch.ones(2, device=here)
+    forward.move_inputs((), {"mask": mask}, there)
+    forward.move_inputs((), {"mask": mask, "hidden": hidden}, there)
+    source = weakref.ref(hidden)
+    del hidden
+    assert source() is None
+
+
+def test_a_list_that_was_changed_is_moved_again(forward: Forward, here: torch.device, there: torch.device) -> None:
+    states = [torch.ones(2, device=here)]
+    for length in range(1, 4):
+        _, moved = forward.move_inputs((), {"states": states}, there)
+        assert len(moved["states"]) == length
+        states.append(states[0])
+
+
 def test_a_source_changed_in_place_crosses_again(forward: Forward, here: torch.device, there: torch.device) -> None:
     mask = torch.ones(3, device=here)
     forward.move(mask, there)

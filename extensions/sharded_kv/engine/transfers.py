@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,6 +88,33 @@ class _Copy:
     turn: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Keyword arguments of a module whose tensors all have copies on its device: what every block of a model is given.
+
+    Attributes:
+        device: where the module is.
+        given: what it was given.
+        moved: what that became.
+        records: of the copies in `moved`.
+    """
+
+    device: torch.device
+    given: dict[str, Any]
+    moved: dict[str, Any]
+    records: list[_Copy]
+
+    def come_again(self, kwargs: dict[str, Any], device: torch.device) -> bool:
+        """Whether `kwargs` are the same objects under the same names, for the same device."""
+        given = self.given
+        return (
+            len(given) == len(kwargs)
+            and all(map(operator.is_, given.values(), kwargs.values()))
+            and given.keys() == kwargs.keys()
+            and self.device == device
+        )
+
+
 class Forward:
     """One forward of a model in one thread: its memo of transfers and the device whose turn it is.
 
@@ -105,10 +133,12 @@ class Forward:
         self._home: tuple[Any, int] | None = None  # torch.cuda or its like, and the caller's current device
         self._current: torch.device | None = None
         self._turns = 0
+        self._shared: _Inputs | None = None
 
     def close(self) -> None:
         """Drop the memo and make the caller's current device current again."""
         self._memo.clear()
+        self._shared = None
         if self._home is not None:
             runtime, index = self._home
             self._home = self._current = None
@@ -120,6 +150,7 @@ class Forward:
             return
         self._turns += 1
         self._current = device
+        self._shared = None
         if device.type == "cpu":
             return
         runtime = getattr(torch, device.type)
@@ -164,9 +195,15 @@ class Forward:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of a module, on its device. Keyword arguments named in `keep` stay where they are.
 
-        Every block comes here: that an input stays, as most do, is found out without a call. What was given is as
-        before, should anything fail midway.
+        Every block comes here: that an input stays, as most do, is found out without a call, and what every block of a
+        model is given is looked up as a whole. What was given is as before, should anything fail midway.
         """
+        if not _are_tensors_on(device, args):
+            args = tuple(self._move_each(args, device, keep))
+        shared = self._shared
+        if shared is not None and shared.come_again(kwargs, device) and all(map(self._is_good, shared.records)):
+            return args, shared.moved
+        known = len(self._memo)
         moved = kwargs
         for key, value in kwargs.items():
             kind = type(value)
@@ -188,9 +225,27 @@ class Forward:
                 moved[key] = tuple(self._move_each(value, device, keep))
             else:
                 moved[key] = self.move(value, device, keep)
-        if not _are_tensors_on(device, args):
-            args = tuple(self._move_each(args, device, keep))
+        # What crossed just now may be a hidden state, which is not ours to hold, and will not come again.
+        is_known = moved is not kwargs and not keep and len(self._memo) == known
+        self._shared = self._as_shared(kwargs, moved, device) if is_known else None
         return args, moved
+
+    def _as_shared(self, given: dict[str, Any], moved: dict[str, Any], device: torch.device) -> _Inputs | None:
+        """What to look up as a whole when it comes again; None where that takes more than to look at the copies."""
+        records = []
+        for key, value in given.items():
+            kind = type(value)
+            if kind is not Tensor and kind is not tuple:
+                if _kind(kind) != "inert":  # type: ignore[arg-type]
+                    return None
+                continue
+            pairs = [(value, moved[key])] if kind is Tensor else zip(value, moved[key], strict=True)
+            for source, copy in pairs:
+                record = self._memo.get((id(source), device))
+                if record is None or record.copy is not copy:
+                    return None
+                records.append(record)
+        return _Inputs(device, given, moved, records)
 
     def _move_each(self, values: Iterable[Any], device: torch.device, keep: frozenset[str]) -> list[Any]:
         return [
@@ -218,7 +273,7 @@ class Forward:
 
     def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
         known = self._memo.get((id(tensor), device))
-        if known is not None and self._is_good(known, tensor):
+        if known is not None and self._is_good(known):
             copy: Tensor = known.copy
             return copy
         # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
@@ -227,15 +282,15 @@ class Forward:
         self._remember(tensor, device, copy)
         return copy
 
-    def _is_good(self, known: _Copy, source: Tensor) -> bool:
+    def _is_good(self, known: _Copy) -> bool:
         """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now.
 
         Of what does not count its changes a copy is good while one device has its turn, since nothing that runs on the
         others can have changed it meanwhile.
         """
-        copy, is_same_turn = known.copy, known.turn == self._turns
+        source, copy, is_same_turn = known.source(), known.copy, known.turn == self._turns
         return (
-            known.source() is source
+            source is not None
             and (is_same_turn if known.source_version is None else source._version == known.source_version)
             and (
                 is_same_turn and torch.is_inference_mode_enabled()
