@@ -580,6 +580,35 @@ def test_attention_is_the_cpus(mode: Callable[[], Any], causal: bool) -> None:
         torch.testing.assert_close(got.cpu(), F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", ["causally", "by-numbers", "by-truths", "not"])
+def test_attention_gives_the_same_bits_whether_it_runs_whole_or_in_parts(
+    mode: Any, dtype: torch.dtype, masked: str
+) -> None:
+    q, k, v = torch.randn(3, 2, 4, 11, 16, dtype=dtype)
+    counts = torch.arange(11) > 2
+    numbers = torch.where(counts, 0.0, torch.finfo(dtype).min).to(dtype)
+    given = {"by-numbers": numbers, "by-truths": counts}.get(masked)
+    options = {"is_causal": masked == "causally", "scale": 0.3}
+    in_parts, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, None if given is None else numbers, **options
+    )
+    mask = None if given is None else given.to(SIM1)
+    with mode():
+        got = F.scaled_dot_product_attention(q.to(SIM1), k.to(SIM1), v.to(SIM1), mask, **options)
+    assert torch.equal(got.cpu(), in_parts)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("others", [{"k": torch.float32}, {"v": torch.float32}, {"mask": torch.float64}], ids=str)
+def test_attention_of_several_types_is_refused(mode: Any, others: dict[str, torch.dtype]) -> None:
+    dtypes = [others.get(name, torch.float16) for name in ("q", "k", "v", "mask")]
+    q, k, v, mask = (torch.ones(1, 1, 4, 4, dtype=dtype, device=SIM1) for dtype in dtypes)
+    with mode(), pytest.raises(RuntimeError, match="dtype"):
+        F.scaled_dot_product_attention(q, k, v, mask)
+
+
 # Autograd -------------------------------------------------------------------------------------------------------
 
 

@@ -1101,8 +1101,18 @@ def _linear(op: _Op, args: Any, kwargs: Any) -> Any:
 
 
 def _attention(op: _Op, args: Any, kwargs: Any) -> Any:
-    dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-    return _decompose(op, args, kwargs) if dropout else _compute(op, args, kwargs)
+    # To the same bits as where it is taken apart. The fused kernel that CPU tensors would get rounds otherwise in 16
+    # bit, and otherwise again where keys lie in a buffer with room to spare: enough to turn a near tie of two tokens.
+    given = dict(zip(_ATTENTION_OPERANDS, args, strict=False)) | kwargs
+    query, mask = given["query"], given.get("attn_mask")
+    is_usual = query.dtype is given["key"].dtype is given["value"].dtype and not given.get("dropout_p")
+    if not is_usual or (mask is not None and mask.dtype not in (torch.bool, query.dtype)):
+        return _decompose(op, args, kwargs)
+    call = _Call(op)
+    operands = {name: call.unwrap(value) for name, value in given.items()}
+    if mask is not None and mask.dtype is torch.bool:
+        operands["attn_mask"] = torch.where(operands["attn_mask"], 0.0, -torch.inf)
+    return call.wrap(aten._scaled_dot_product_attention_math.default(**operands)[0])
 
 
 def _nothing(op: _Op, args: Any, kwargs: Any) -> Any:
@@ -1122,6 +1132,7 @@ def _cannot(op: _Op, args: Any, kwargs: Any) -> Any:
 
 
 _CPU = torch.device("cpu")
+_ATTENTION_OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # by position
 _ops: dict[Any, _Op] = {}
 
 _SPECIAL: dict[Any, Callable[[_Op, Any, Any], Any]] = {
@@ -1156,7 +1167,7 @@ _SPECIAL: dict[Any, Callable[[_Op, Any, Any], Any]] = {
 }
 
 # Composite operators that compute nothing but from their operands: no device, no random number, no read hides in them.
-# They arrive whole in inference mode only, but for linear layers (_linear_in_front_of_autograd).
+# They arrive whole in inference mode, and the largest ones of a model, which _register names, without gradients, too.
 _WHOLE = frozenset({aten.linear, aten.matmul, aten.reshape, aten.contiguous, aten.scaled_dot_product_attention})
 
 # Operators without the pointwise tag that take a CPU tensor without dimensions beside tensors on a GPU.
@@ -1191,13 +1202,16 @@ def _kernel(run: Callable[..., Any], func: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: _backend.backward.shielded(run, func, args, kwargs)
 
 
-def _linear_in_front_of_autograd(*args: Any, **kwargs: Any) -> Any:
-    """A linear layer, most of a model's work, stays whole where no gradient is wanted; autograd would take it apart."""
-    linear = aten.linear.default
-    if torch.is_grad_enabled():
-        return linear.decompose(*args, **kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return linear(*args, **kwargs)
+def _kept_whole(func: Any) -> Callable[..., Any]:
+    """A composite operator in front of autograd, which else takes it apart where no gradient is wanted either."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return func.decompose(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return func(*args, **kwargs)
+
+    return run
 
 
 def _fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1348,7 +1362,8 @@ def _register() -> None:
         packet, _, overload = name.partition(".")
         func = getattr(getattr(aten, packet), overload or "default")
         library.impl(name, _kernel(_factory, func), "PrivateUse1")
-    library.impl("linear", _linear_in_front_of_autograd, "AutogradPrivateUse1")
+    for packet in (aten.linear, aten.scaled_dot_product_attention):
+        library.impl(packet.default, _kept_whole(packet.default), "AutogradPrivateUse1")
     # torch.tensor() switches Python dispatch off inside, so its copy to the device comes as the backend's own operator.
     library.impl("_copy_from", _kernel(_run, aten._copy_from.default), "PrivateUse1")
     # So does its reading of scalars out of a list of tensors, as transformers 4's beam search ends.
