@@ -20,7 +20,7 @@ from . import stacks, wording
 from .graphs import Graphs, Run
 from .meter import Meter, writes_replies
 from .placement import CACHE_NAME, Block, Placement, Scope, join, read_placement
-from .swaps import Installation, Installed, Swap, installed
+from .swaps import Installation, Swap, Unhooking, installed, passing_on
 from .transfers import Forward, TrafficCounter, first_device
 
 logger = logging.getLogger(__name__)
@@ -289,14 +289,36 @@ class _Runtime:
         self.graphs: dict[str, Graphs] = {}  # by the name of the scope whose forward is a step
 
     def run_block(self, block: Block, original: _Original, /, *args: Any, **kwargs: Any) -> Any:
-        """Run one block on its device."""
+        """Run one block on its device: the way of most blocks in every step, so every call counts."""
         current = self.lane.forward
-        if current is not None:
-            return self.run_block_within(current, block, block.returns_to, original, args, kwargs)
-        # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
-        with self.within(Forward(block, self.counter)) as current:
-            returns_to = "input" if block.io_same_device else ""
-            return self.run_block_within(current, block, returns_to, original, args, kwargs)
+        if current is None or block.returns_to:
+            return self.run_block_home(current, block, original, args, kwargs)
+        try:
+            device = block.device
+            if device != current.device:
+                current.enter(device)
+            args, kwargs = current.move_inputs(args, kwargs, device)
+        except Exception as error:
+            self.recover(error)
+            return original.hooked(*args, **kwargs)
+        return original.forward(*args, **kwargs)
+
+    def run_block_home(self, current: Forward | None, block: Block, original: _Original, args: Any, kwargs: Any) -> Any:
+        """Run a block whose output may have to go back."""
+        if current is None:
+            # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
+            alone = dataclasses.replace(block, returns_to="input" if block.io_same_device else "")
+            with self.within(Forward(block, self.counter)):
+                return self.run_block(alone, original, *args, **kwargs)
+        try:
+            home = current.home if block.returns_to == "model" else first_device((args, kwargs))
+            current.enter(block.device)
+            args, kwargs = current.move_inputs(args, kwargs, block.device)
+        except Exception as error:
+            self.recover(error)
+            return original.hooked(*args, **kwargs)
+        output = original.forward(*args, **kwargs)
+        return output if home is None else self.run_home(current, output, home, _CACHES)
 
     def run_scope(self, scope: Scope, original: _Original, /, *args: Any, **kwargs: Any) -> Any:
         """Run the model, or a part of it that has blocks below and code of its own between them."""
@@ -339,23 +361,6 @@ class _Runtime:
                 graphs.end_reply()
             except Exception as error:
                 self.step_aside(error)
-
-    def run_block_within(
-        self, current: Forward, block: Block, returns_to: str, original: _Original, args: Any, kwargs: Any
-    ) -> Any:
-        """Run a block with the memo of `current`."""
-        try:
-            device = block.device
-            home = None
-            if returns_to:
-                home = current.home if returns_to == "model" else first_device((args, kwargs))
-            current.enter(device)
-            args, kwargs = current.move_inputs(args, kwargs, device)
-        except Exception as error:
-            self.recover(error)
-            return original.hooked(*args, **kwargs)
-        output = original.forward(*args, **kwargs)
-        return output if home is None else self.run_home(current, output, home, _CACHES)
 
     def run_scope_within(self, current: Forward, scope: Scope, original: _Original, args: Any, kwargs: Any) -> Any:
         """Run a scope with the memo of `current`."""
@@ -521,5 +526,8 @@ def _forward_swaps(modules: dict[str, nn.Module], placement: Placement, runtime:
         )
     for name in placement.bare:
         module = modules[name]
-        without_hook: Any = module._old_forward
-        yield Swap(module, "forward", Installed(without_hook))
+        if Unhooking.suits(module):
+            yield Unhooking(module)
+        else:
+            inner = module._old_forward
+            yield Swap(module, "forward", passing_on(inner))

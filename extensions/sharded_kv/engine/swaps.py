@@ -88,6 +88,58 @@ class Swap:
         return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
 
 
+class Unhooking(Swap):
+    """A module's hooked forward, taken away, so that a call finds the one of its class.
+
+    That is the quickest there is: with anything in its place, even the bound method itself, a decode step of Llama took
+    0.3 to 0.5 us more for each of a layer's dozen modules (Python 3.11). What was taken away is kept by what stands in
+    accelerate's ``_old_forward``, which nobody calls meanwhile.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        below: Any = owner._old_forward
+        super().__init__(owner, "_old_forward", passing_on(below))
+        self._hooked: Any = None
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether the forward below the hook is the one of the module's class."""
+        below: Any = module._old_forward
+        of_class = inspect.getattr_static(type(module), "forward")
+        return isinstance(below, types.MethodType) and below.__self__ is module and below.__func__ is of_class
+
+    @property
+    def _is_away(self) -> bool:
+        """Whether nobody has put another there meanwhile."""
+        return "forward" not in vars(self.owner)
+
+    def install(self) -> None:
+        """Take the hooked forward away, and keep it."""
+        super().install()
+        self._hooked = vars(self.owner).pop("forward")
+
+    def restore(self) -> None:
+        """Put it back, unless somebody else has put another there meanwhile."""
+        if self.in_place and self._is_away:
+            self.owner.forward = self._hooked
+        super().restore()
+
+    def before_for(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
+        """A deep copy of what ours stands for, for a deep copy of the owner, which gets its forward on the way."""
+        if self._is_away:
+            owner.forward = copy.deepcopy(self._hooked, memo)
+        return super().before_for(owner, memo)
+
+    def reduced(self) -> tuple[Any, tuple[Any, ...]]:
+        """The same for pickle."""
+        return (_with_forward, (self._before, self.owner, self._hooked)) if self._is_away else super().reduced()
+
+
+def _with_forward(below: Any, owner: nn.Module, hooked: Any) -> Any:
+    vars(owner)["forward"] = hooked  # by name it takes attributes that an owner still being made has not got
+    return below
+
+
 def _itself(value: Any) -> Any:
     return value
 
@@ -126,6 +178,16 @@ def installed(run: Callable[..., Any], *first: Any, like: Callable[..., Any]) ->
 
     generate() asks `model.forward` for its signature (position_ids, logits_to_keep): it must see the model's own.
     """
-    ours = Installed(run, *first)
+    ours = passing_on(run, *first)
     functools.update_wrapper(ours, like)
     return ours
+
+
+def passing_on(run: Callable[..., Any], *first: Any) -> Installed:
+    """`run` with its first arguments and nothing around it.
+
+    Of a bound method its function and owner are taken, which spares every call one more.
+    """
+    if isinstance(run, types.MethodType):
+        return Installed(run.__func__, run.__self__, *first)
+    return Installed(run, *first)

@@ -131,7 +131,7 @@ class Forward:
         self._counter = counter
         self._memo: dict[tuple[int, torch.device], _Copy] = {}
         self._home: tuple[Any, int] | None = None  # torch.cuda or its like, and the caller's current device
-        self._current: torch.device | None = None
+        self.device: torch.device | None = None  # whose turn it is
         self._turns = 0
         self._shared: _Inputs | None = None
 
@@ -141,15 +141,15 @@ class Forward:
         self._shared = None
         if self._home is not None:
             runtime, index = self._home
-            self._home = self._current = None
+            self._home = self.device = None
             runtime.set_device(index)
 
     def enter(self, device: torch.device) -> None:
         """Make `device` current, so that no kernel launched there has to switch."""
-        if device == self._current:
+        if device == self.device:
             return
         self._turns += 1
-        self._current = device
+        self.device = device
         self._shared = None
         if device.type == "cpu":
             return
