@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-gqa": {},
     **(
-        {"gptj": {}, "gpt-neox": {}, "opt": {}, "qwen2": {}, "phi": {}, "mixtral": {}}
+        {"gptj": {}, "gpt-neox": {}, "opt": {}, "qwen2": {}, "phi": {}, "mixtral": {}, "mpt": {}}
         if Version("5") <= VERSION
         else {}
     ),
@@ -706,7 +706,7 @@ def test_a_model_with_offloaded_weights_runs_without(devices: support.Devices) -
 
 
 @needs_graphs
-@pytest.mark.parametrize("family", ["bloom", "falcon", "mpt"])
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
 def test_an_architecture_that_graphs_cannot_repeat_is_found_out(devices: support.Devices, family: str) -> None:
     places = devices(2)
     model = support.spread(build(family), places)

@@ -100,13 +100,18 @@ def test_four_replies_at_once_are_right_while_a_fifth_thread_switches(places: li
     replies = [0] * 4
 
     def write(prompt: int) -> None:
-        while not over.is_set():
-            assert reply(model, places[0], prompt) == right[prompt]
-            replies[prompt] += 1
+        try:
+            while not over.is_set():
+                assert reply(model, places[0], prompt) == right[prompt]
+                replies[prompt] += 1
+        finally:
+            over.set()
 
     def switches() -> None:
         try:
             switch(sharding, SWITCHES, seed=0)
+            while min(replies) < SWITCHES // 1_000 and not over.is_set():  # where replies take long
+                switch(sharding, 100, seed=sum(replies))
         finally:
             over.set()
 

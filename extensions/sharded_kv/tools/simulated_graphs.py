@@ -44,13 +44,17 @@ class CurrentStream:
 
 @dataclass(frozen=True)
 class _Step:
-    """One operator of a graph, with its operands and what it returned when it was captured."""
+    """One operator of a graph, with its operands and where its results went when it was captured.
+
+    Not the results themselves: torch detaches a new tensor from what else holds it, which it does in no real capture.
+    """
 
     run: Callable[..., Any]
     func: Any
     args: Any
     kwargs: dict[str, Any]
-    result: Any
+    results: list[torch.Tensor]
+    memory: list[Any]
 
 
 class CUDAGraph:
@@ -82,10 +86,10 @@ class CUDAGraph:
             memory.copy_(before)
         self._before = {}
         for step in self._steps:
-            known = {_memory(tensor) for tensor in _simulated((step.args, step.kwargs))}
-            for tensor in _simulated(step.result):
-                if tensor.raw.is_floating_point() and _memory(tensor) not in known:
-                    tensor.raw.fill_(float("nan"))
+            known = {_place(tensor) for tensor in _simulated((step.args, step.kwargs))}
+            for raw in step.results:
+                if raw.is_floating_point() and _address(raw) not in known:
+                    raw.fill_(float("nan"))
 
     def replay(self) -> None:
         """Run all that was captured again, on the same memory."""
@@ -94,9 +98,9 @@ class CUDAGraph:
             with torch.inference_mode():  # in which tensors of both kinds may be written to
                 for step in self._steps:
                     result = step.run(step.func, step.args, dict(step.kwargs))
-                    for old, new in zip(_simulated(step.result), _simulated(result), strict=True):
-                        if _memory(old) != _memory(new):
-                            old.raw.copy_(new.raw)
+                    for old, new in zip(step.results, _simulated(result), strict=True):
+                        if _address(old) != _place(new):
+                            old.copy_(new.raw)
         finally:
             _thread.is_replaying = False
 
@@ -118,17 +122,19 @@ class CUDAGraph:
             result = run(func, args, kwargs)
         finally:
             _thread.graph = self
-        known = {_memory(tensor) for tensor in _simulated((args, kept))}
+        known = {_place(tensor) for tensor in _simulated((args, kept))}
         results = _simulated(result)
-        if results and not _writes(func) and all(_memory(tensor) in known for tensor in results):
+        if results and not _writes(func) and all(_place(tensor) in known for tensor in results):
             return result  # a view, which launches nothing
         places = {tensor.device for tensor in _simulated((args, kept, result))}
         if places - {self._device}:
             raise RuntimeError(f"{func} on {places} while a graph of {self._device} is captured")
         if any(isinstance(item, (bool, int, float)) or _is_on_host(item) for item in _leaves(result)):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func} reads a value back")
-        self._made.update(_memory(tensor) for tensor in results if _memory(tensor) not in known)
-        self._steps.append(_Step(run, func, args, kept, result))
+        self._made.update(_place(tensor) for tensor in results if _place(tensor) not in known)
+        self._steps.append(
+            _Step(run, func, args, kept, [tensor.raw for tensor in results], [tensor.block for tensor in results])
+        )
         return result
 
     @staticmethod
@@ -149,7 +155,7 @@ class CUDAGraph:
         if not _writes(func):
             return
         for tensor in _simulated((args, kwargs)):
-            memory = _memory(tensor)
+            memory = _place(tensor)
             if memory not in self._made and memory not in self._before:
                 storage = tensor.raw.untyped_storage()
                 self._before[memory] = storage, storage.clone()
@@ -200,8 +206,12 @@ def _simulated(value: Any) -> list[Any]:
     return [item for item in _leaves(value) if hasattr(item, "raw")]
 
 
-def _memory(tensor: Any) -> int:
-    return int(tensor.raw.untyped_storage().data_ptr())
+def _place(tensor: Any) -> int:
+    return _address(tensor.raw)
+
+
+def _address(raw: torch.Tensor) -> int:
+    return raw.untyped_storage().data_ptr()
 
 
 def _writes(func: Any) -> bool:
