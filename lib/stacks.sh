@@ -49,7 +49,7 @@ run_tests() { # [--stack NAME] [-- PYTEST_OPTION...]
       continue
     fi
     reporter="$python"
-    if ! ensure_stack "$stack" "$python"; then
+    if ! { ensure_stack "$stack" "$python" && lay_sources "$stack"; }; then
       record broken "$stack" "$STEP_SECONDS" 1
       continue
     fi
@@ -150,6 +150,20 @@ ensure_stack() { # STACK PYTHON: makes or renews .venv/STACK where its stamp say
     printf '%s\n' "$stamp" >"$venv/stamp"
 }
 
+lay_sources() { # STACK: unpacks source distributions into .venv/STACK/src, for the tests that only they have
+  local folder="$ROOT/.venv/$1/src" name version
+  for name in $(header "$1" sources); do
+    read -r _ version < <(pin "$1" "$name")
+    [[ -d "$folder/$name-$version" ]] ||
+      step "$1: fetching the tests of $name $version" fetch_source "$(venv_python "$1")" "$folder" "$name" "$version" || return
+  done
+}
+
+fetch_source() { # PYTHON FOLDER NAME VERSION
+  "$1" -m pip download -qq --disable-pip-version-check --no-input --no-deps --no-binary "$3" -d "$2" "$3==$4" &&
+    tar -xzf "$2/$3-$4.tar.gz" -C "$2"
+}
+
 pin() { # STACK PACKAGE: as "torch 2.13.0"
   sed -n "s/^\($2\)==\([^; ]*\).*/\1 \2/p" -- "$(requirements "$1")"
 }
@@ -170,7 +184,7 @@ step() { # LABEL COMMAND...: one line with how long it took; what the command sa
 
 # --- finding a Python ---------------------------------------------------------------------------------------------------
 
-header() { # STACK KEY: what "# KEY: ..." of its requirements says: pythons it runs on, commands it needs, tests if not all
+header() { # STACK KEY: what "# KEY: ..." of its requirements says: pythons, commands and sources it needs, tests if not all
   sed -n "s/^# $2: //p" -- "$(requirements "$1")"
 }
 
