@@ -263,7 +263,7 @@ class Meter:
     def _before_forward(self, reply: _Reply, kwargs: dict[str, Any]) -> None:
         reply.before_forward()
         if self._memory.is_due():
-            self._memory.cache = _bytes_by_device(kwargs.get(CACHE_NAME))
+            self._memory.cache = bytes_by_device(kwargs.get(CACHE_NAME))
             self._look_at_memory(self._memory.look)
 
     def _has_failed(self, error: Exception) -> None:
@@ -533,7 +533,7 @@ def writes_replies(of: type) -> bool:
     return "stopping_criteria" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _bytes_by_device(cache: Any) -> dict[torch.device, int]:
+def bytes_by_device(cache: Any) -> dict[torch.device, int]:
     """Bytes of a cache on each device: of tuples of tensors, or of one of transformers' cache objects."""
     sizes: dict[torch.device, int] = collections.defaultdict(int)
     for tensor in {id(tensor): tensor for tensor in _cache_tensors(cache)}.values():
