@@ -215,7 +215,10 @@ def test_an_output_comes_home_without_its_cache(forward: Forward, here: torch.de
     moved = forward.move_home(output, here, frozenset({"past_key_values"}))
     assert isinstance(moved, CausalLMOutputWithPast)
     assert moved.logits.device == here
+    assert moved["logits"] is moved.logits
     assert moved.past_key_values[0][0] is layer[0]
+    assert moved.loss is None
+    assert output.logits.device == there
 
 
 def test_every_tensor_of_a_tuple_output_comes_home(forward: Forward, here: torch.device, there: torch.device) -> None:

@@ -215,7 +215,7 @@ class Meter:
             if writes_replies(type(module)):
                 original: Any = module.generate
                 swaps.append(Swap(module, "generate", installed(self._run_reply, original, like=original)))
-            self._hooks.append(module.register_forward_pre_hook(_BeforeForward(self), with_kwargs=True))
+                self._hooks.append(module.register_forward_pre_hook(_BeforeForward(self), with_kwargs=True))
         self._installation = Installation(swaps)
 
     def detach(self) -> None:
@@ -432,7 +432,7 @@ class _Reply:
         begins, self._went_forward = not self._went_forward, True  # of a wrapper and what it wraps, the first to say so
         self._note_first_token()
         # accelerate's traffic grows slowly, with the cache, and looking at a step makes it take twice as long.
-        if begins and self._last is not None and not self._is_sharded():
+        if begins and self._last is not None and not self._sharded:
             if self._steps_off % _OBSERVE_EVERY == 0:
                 self._observer = Observer()
                 self._observer.start()

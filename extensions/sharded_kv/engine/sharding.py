@@ -295,7 +295,7 @@ class _Runtime:
             return self.run_block_home(current, block, original, args, kwargs)
         try:
             device = block.device
-            if device != current.device:
+            if device is not current.device:
                 current.enter(device)
             args, kwargs = current.move_inputs(args, kwargs, device)
         except Exception as error:
@@ -308,8 +308,7 @@ class _Runtime:
         if current is None:
             # Nobody's forward: it was under way when we were switched on, or somebody calls the block alone.
             alone = dataclasses.replace(block, returns_to="input" if block.io_same_device else "")
-            with self.within(Forward(block, self.counter)):
-                return self.run_block(alone, original, *args, **kwargs)
+            return self.run_forward(Forward(block, self.counter), self.run_block, alone, original, *args, **kwargs)
         try:
             home = current.home if block.returns_to == "model" else first_device((args, kwargs))
             current.enter(block.device)
@@ -339,8 +338,8 @@ class _Runtime:
             return renewed(*args, **kwargs)
         if stepped is not None:
             return stepped.output
-        with self.within(Forward(scope, self.counter)) as current:
-            return self.run_scope_within(current, scope, original, args, kwargs)
+        current = Forward(scope, self.counter)
+        return self.run_forward(current, self.run_scope_within, current, scope, original, args, kwargs)
 
     def _trial_of(self, scope: Scope, original: _Original) -> Run:
         return lambda kwargs, counter: self.run_trial(scope, original, kwargs, counter)
@@ -349,8 +348,8 @@ class _Runtime:
         """Run a step that may turn out to be none for graphs: its errors are for them to judge."""
         self.lane.is_trial = True
         try:
-            with self.within(Forward(scope, counter)) as current:
-                return self.run_scope_within(current, scope, original, (), kwargs)
+            current = Forward(scope, counter)
+            return self.run_forward(current, self.run_scope_within, current, scope, original, (), kwargs)
         finally:
             self.lane.is_trial = False
 
@@ -391,18 +390,18 @@ class _Runtime:
                 return type(output)(kept)  # type: ignore[call-arg]
             return send_to_device(output, home)
 
-    @contextlib.contextmanager
-    def within(self, current: Forward) -> Iterator[Forward]:
-        """`current` is the one that runs in this thread, and nothing of it is left behind."""
-        outer, self.lane.forward = self.lane.forward, current
+    def run_forward(self, current: Forward, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What `run` gives while `current` is the forward that runs in this thread, of which nothing is left behind."""
+        lane = self.lane
+        outer, lane.forward = lane.forward, current
         try:
-            yield current
+            return run(*args, **kwargs)
         except Exception as error:
-            if not self.lane.is_trial and _may_be_ours(error):
+            if not lane.is_trial and _may_be_ours(error):
                 self.step_aside(error)
             raise
         finally:
-            self.lane.forward = outer
+            lane.forward = outer
             try:
                 current.close()
             except Exception as error:

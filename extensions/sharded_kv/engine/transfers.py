@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 import threading
 import weakref
@@ -48,12 +47,12 @@ class TrafficCounter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread = _ThreadTotals()
-        self._copies: dict[tuple[str, str], int] = {}
-        self._bytes: dict[tuple[str, str], int] = {}
+        self._copies: dict[tuple[torch.device, torch.device], int] = {}
+        self._bytes: dict[tuple[torch.device, torch.device], int] = {}
 
     def add(self, source: torch.device, target: torch.device, size: int) -> None:
         """Count one copy of `size` bytes."""
-        pair = (str(source), str(target))
+        pair = (source, target)
         with self._lock:
             self._copies[pair] = self._copies.get(pair, 0) + 1
             self._bytes[pair] = self._bytes.get(pair, 0) + size
@@ -67,7 +66,11 @@ class TrafficCounter:
     def read(self) -> Traffic:
         """All that has been counted so far."""
         with self._lock:
-            return Traffic(dict(self._copies), dict(self._bytes))
+            return Traffic(_named(self._copies), _named(self._bytes))
+
+
+def _named(counts: dict[tuple[torch.device, torch.device], int]) -> dict[tuple[str, str], int]:
+    return {(str(source), str(target)): count for (source, target), count in counts.items()}
 
 
 @dataclasses.dataclass(slots=True)
@@ -104,14 +107,13 @@ class _Inputs:
     moved: dict[str, Any]
     records: list[_Copy]
 
-    def come_again(self, kwargs: dict[str, Any], device: torch.device) -> bool:
-        """Whether `kwargs` are the same objects under the same names, for the same device."""
+    def come_again(self, kwargs: dict[str, Any]) -> bool:
+        """Whether `kwargs` are the same objects under the same names."""
         given = self.given
         return (
             len(given) == len(kwargs)
             and all(map(operator.is_, given.values(), kwargs.values()))
             and given.keys() == kwargs.keys()
-            and self.device == device
         )
 
 
@@ -170,13 +172,13 @@ class Forward:
         Returns:
             `value` itself where nothing had to move.
         """
-        kind = _kind(type(value))  # type: ignore[arg-type]
+        kind = _kinds[type(value)]
         if kind == "inert":
             return value
         if kind == "tensor":
             return value if value.device == device else self._copy(value, device)
         if kind == "sequence":
-            moved = self._move_each(value, device, keep)
+            moved = [self.move(item, device, keep) for item in value]
             for new, old in zip(moved, value, strict=True):
                 if new is not old:
                     return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
@@ -198,33 +200,34 @@ class Forward:
         Every block comes here: that an input stays, as most do, is found out without a call, and what every block of a
         model is given is looked up as a whole. What was given is as before, should anything fail midway.
         """
-        if not _are_tensors_on(device, args):
-            args = tuple(self._move_each(args, device, keep))
+        for value in args:
+            if _kinds[type(value)] != "tensor" or value.device != device:
+                args = tuple([self.move(value, device, keep) for value in args])
+                break
         shared = self._shared
-        if shared is not None and shared.come_again(kwargs, device) and all(map(self._is_good, shared.records)):
+        if (
+            shared is not None
+            and shared.device == device
+            and shared.come_again(kwargs)
+            and all(map(self._is_good, shared.records))
+        ):
             return args, shared.moved
         known = len(self._memo)
         moved = kwargs
         for key, value in kwargs.items():
-            kind = type(value)
-            if kind is Tensor:
-                if value.device == device:
-                    continue
-            elif kind is tuple:
-                if _are_tensors_on(device, value):
-                    continue
-            elif kind in _PLAIN or _kind(kind) == "inert":  # type: ignore[arg-type]
+            kind = _kinds[type(value)]
+            if (
+                kind == "inert"
+                or (kind == "tensor" and value.device == device)
+                or (kind == "sequence" and _are_tensors_on(device, value))
+                or key in keep
+            ):
                 continue
-            if key in keep:
-                continue
-            if moved is kwargs:
-                moved = dict(kwargs)
-            if kind is Tensor:
-                moved[key] = self._copy(value, device)
-            elif kind is tuple:
-                moved[key] = tuple(self._move_each(value, device, keep))
-            else:
-                moved[key] = self.move(value, device, keep)
+            new = self.move(value, device, keep)
+            if new is not value:
+                if moved is kwargs:
+                    moved = dict(kwargs)
+                moved[key] = new
         # What crossed just now may be a hidden state, which is not ours to hold, and will not come again.
         is_known = moved is not kwargs and not keep and len(self._memo) == known
         self._shared = self._as_shared(kwargs, moved, device) if is_known else None
@@ -234,28 +237,18 @@ class Forward:
         """What to look up as a whole when it comes again; None where that takes more than to look at the copies."""
         records = []
         for key, value in given.items():
-            kind = type(value)
-            if kind is not Tensor and kind is not tuple:
-                if _kind(kind) != "inert":  # type: ignore[arg-type]
-                    return None
+            kind = _kinds[type(value)]
+            if kind == "inert":
                 continue
-            pairs = [(value, moved[key])] if kind is Tensor else zip(value, moved[key], strict=True)
+            if kind != "tensor" and type(value) is not tuple:
+                return None
+            pairs = [(value, moved[key])] if kind == "tensor" else zip(value, moved[key], strict=True)
             for source, copy in pairs:
                 record = self._memo.get((id(source), device))
                 if record is None or record.copy is not copy:
                     return None
                 records.append(record)
         return _Inputs(device, given, moved, records)
-
-    def _move_each(self, values: Iterable[Any], device: torch.device, keep: frozenset[str]) -> list[Any]:
-        return [
-            self.move(value, device, keep)
-            if type(value) is not Tensor
-            else value
-            if value.device == device
-            else self._copy(value, device)
-            for value in values
-        ]
 
     def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
         """An output on `device`, but for what `keep` names in it.
@@ -314,16 +307,15 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-# The types of inputs that hold no tensor, most of them.
-_PLAIN = frozenset({type(None), bool, int, float, str})
-
-
-def _are_tensors_on(device: torch.device, values: tuple[Any, ...]) -> bool:
-    """Whether all of `values` are plain tensors on `device`."""
-    for value in values:  # noqa: SIM110 (a generator takes twice as long, and every block asks twice)
-        if type(value) is not Tensor or value.device != device:
+def _are_tensors_on(device: torch.device, values: Iterable[Any]) -> bool:
+    """Whether all of `values` are tensors on `device`."""
+    for value in values:  # noqa: SIM110 (a generator takes twice as long, and every block asks)
+        if _kinds[type(value)] != "tensor" or value.device != device:
             return False
     return True
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 def is_plain(value: Any) -> bool:
@@ -335,25 +327,43 @@ def is_plain(value: Any) -> bool:
     return type(value) in _PLAIN or isinstance(value, (torch.dtype, torch.device))
 
 
-@functools.lru_cache(maxsize=1024)
-def _kind(of: type) -> Literal["tensor", "sequence", "self-moving", "mapping", "inert"]:
+class _Kinds(dict[type, Literal["tensor", "sequence", "self-moving", "mapping", "inert"]]):
     """How values of a type move. Asked for every input of every block, so it is found out once for each type."""
-    if issubclass(of, Tensor):
-        return "tensor"
-    # Before other containers: BatchEncoding and the KVSharingDict of transformers 5 are shared, and move in place.
-    # No modules: caches are modules in transformers 4.45 to 4.47, and a module is nobody's input.
-    if hasattr(of, "to") and not issubclass(of, nn.Module):
-        return "self-moving"
-    if issubclass(of, (tuple, list)):
-        return "sequence"
-    if issubclass(of, Mapping):
-        return "mapping"
-    return "inert"
+
+    def __missing__(self, of: type) -> str:
+        self[of] = kind = self._find_out(of)
+        return kind
+
+    @staticmethod
+    def _find_out(of: type) -> Literal["tensor", "sequence", "self-moving", "mapping", "inert"]:
+        if issubclass(of, Tensor):
+            return "tensor"
+        # Before other containers: BatchEncoding and the KVSharingDict of transformers 5 are shared, and move in place.
+        # No modules: caches are modules in transformers 4.45 to 4.47, and a module is nobody's input.
+        if hasattr(of, "to") and not issubclass(of, nn.Module):
+            return "self-moving"
+        if issubclass(of, (tuple, list)):
+            return "sequence"
+        if issubclass(of, Mapping):
+            return "mapping"
+        return "inert"
+
+
+_kinds = _Kinds()
 
 
 def _rebuilt(old: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping like `old` with other items; `old` itself if they are the same."""
-    return old if all(items[key] is item for key, item in old.items()) else type(old)(items)  # type: ignore[call-arg]
+    if all(items[key] is item for key, item in old.items()):
+        return old
+    if not (isinstance(old, dict) and dataclasses.is_dataclass(old)):
+        return type(old)(items)  # type: ignore[call-arg]
+    # An output of transformers, whose constructor takes 40 us: as long as the copy of the logits.
+    new = type(old).__new__(type(old))
+    vars(new).update(vars(old))
+    for key, item in items.items():
+        new[key] = item
+    return new
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -369,6 +379,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def first_device(value: Any) -> torch.device | None:
-    """The device of the first tensor in `value`; None if there is none."""
+    """The device of the first tensor in `value`, as `tensors_in` meets them; None if there is none."""
+    if isinstance(value, Tensor):
+        return value.device
     tensor = next(tensors_in(value), None)
     return None if tensor is None else tensor.device
