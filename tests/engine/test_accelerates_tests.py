@@ -32,8 +32,8 @@ def passed(folder: Path, devices: support.Devices, shard: str) -> tuple[set[str]
     command += ["-p", "tests.engine.accelerates_tests", "--junitxml", report, *tests]
     finished = subprocess.run(
         command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SHARDED_KV_DEVICES": devices.kind, "SHARDED_KV_SHARD": shard},
+        cwd=ROOT,
+        env={**os.environ, "SHARDED_KV_DEVICES": devices.kind, "SHARDED_KV_SHARD": shard},
         capture_output=True,
         text=True,
         check=False,

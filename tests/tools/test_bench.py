@@ -19,14 +19,14 @@ import pytest
 import torch
 import transformers
 
-from extensions.sharded_kv.tools import bench, models, quantized, simulated, traffic
+from extensions.sharded_kv.tools import bench, models, quantized, simulated, traffic, variants
 
 DEVICES = ("sim:0", "sim:1")
-SETTING = bench.Setting("llama", None, "float32", None, "sim:2", 24, 6, 1, 1, tuple(bench.VARIANTS))
+SETTING = bench.Setting("llama", None, "float32", None, "sim:2", 24, 6, 1, 1, tuple(variants.VARIANTS))
 QUICK = ["--devices", "sim:2", "--layers", "2", "--context", "16", "--new-tokens", "4", "--rounds", "2"]
-GRAPHED = {name for name, variant in bench.VARIANTS.items() if variant.applied is bench.graphed}
-NAMES = [name for name in bench.VARIANTS if name not in GRAPHED or name in bench.default_variants(2)]
-SPREAD = [name for name in NAMES if bench.VARIANTS[name].spread]
+GRAPHED = {name for name, variant in variants.VARIANTS.items() if variant.applied is variants.graphed}
+NAMES = [name for name in variants.VARIANTS if name not in GRAPHED or name in variants.default_variants(2)]
+SPREAD = [name for name in NAMES if variants.VARIANTS[name].spread]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def configuration(name: str) -> str:
-    variant = bench.VARIANTS[name]
+    variant = variants.VARIANTS[name]
     return ", ".join(filter(None, [f"{2 if variant.spread else 1}x Simulated GPU", variant.label]))
 
 
@@ -129,7 +129,7 @@ class TestVariants:
         skip_without_graphs(name, spread)
         bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
         before = state(spread)
-        with contextlib.suppress(ZeroDivisionError), bench.VARIANTS[name].applied(spread):
+        with contextlib.suppress(ZeroDivisionError), variants.VARIANTS[name].applied(spread):
             bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 4)
             if fails:
                 raise ZeroDivisionError
@@ -138,8 +138,8 @@ class TestVariants:
     @pytest.mark.parametrize("name", SPREAD)
     def test_a_variant_gives_one_gpus_logits(self, spread, alone, name):
         skip_without_graphs(name, spread)
-        expected = bench.forced_logits(SETTING, bench.VARIANTS[bench.ONE_GPU], alone, tokens(2))
-        logits = bench.forced_logits(SETTING, bench.VARIANTS[name], spread, tokens(2))
+        expected = bench.forced_logits(SETTING, variants.VARIANTS[variants.ONE_GPU], alone, tokens(2))
+        logits = bench.forced_logits(SETTING, variants.VARIANTS[name], spread, tokens(2))
         assert len(logits) == SETTING.new_tokens
         if name in GRAPHED:  # attention over room that is not used yet adds up in another order
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -149,27 +149,28 @@ class TestVariants:
     @pytest.mark.skipif("graph" not in SPREAD, reason="no graph mode with this transformers")
     def test_a_reply_without_graphs_is_no_measurement_of_graph_mode(self, spread):
         options = {"output_hidden_states": True, "return_dict_in_generate": True}
-        with pytest.raises(RuntimeError, match="without graphs"), bench.graphed(spread):
+        with pytest.raises(RuntimeError, match="without graphs"), variants.graphed(spread):
             bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 4, **options)
 
     def test_each_moves_less_than_the_one_before(self, spread):
         crossed = {name: bytes_of(spread, name) for name in set(SPREAD) - GRAPHED | {"no-skip-keys"}}
-        assert crossed["no-skip-keys"] >= crossed["accelerate"] >= crossed["patch"] > crossed["eager"]
+        assert crossed["no-skip-keys"] >= crossed["accelerate"] >= crossed["patch"] > crossed["by-hand"]
+        assert crossed["by-hand"] == crossed["eager"]
         if has_tuple_cache(spread):
             assert crossed["no-skip-keys"] > 5 * crossed["patch"]
         else:
             assert crossed["no-skip-keys"] == crossed["patch"]  # a cache that is an object is not moved by any hook
         skips = crossed["accelerate"] == crossed["patch"]
-        assert skips == (bench.knows_skip_keys() or not has_tuple_cache(spread))
+        assert skips == (variants.knows_skip_keys() or not has_tuple_cache(spread))
 
     def test_without_skip_keys_no_hook_has_any(self, spread):
-        with bench.without_skip_keys(spread):
+        with variants.without_skip_keys(spread):
             assert all(getattr(module._hf_hook, "skip_keys", None) is None for module in hooked(spread))
-        if bench.knows_skip_keys() and spread._skip_keys_device_placement:
+        if variants.knows_skip_keys() and spread._skip_keys_device_placement:
             assert any(module._hf_hook.skip_keys for module in hooked(spread))
 
     def test_a_model_that_cannot_be_sharded_is_no_measurement(self, alone):
-        with pytest.raises(RuntimeError, match="one device"), bench.sharded(alone):
+        with pytest.raises(RuntimeError, match="one device"), variants.sharded(alone):
             pass
 
 
@@ -190,7 +191,7 @@ def state(model: Any) -> list[Any]:
 
 
 def bytes_of(model: Any, name: str) -> int:
-    with bench.VARIANTS[name].applied(model), traffic.record("sim") as crossed:
+    with variants.VARIANTS[name].applied(model), traffic.record("sim") as crossed:
         bench._generate(model, tokens().to(DEVICES[0]), 4)
     return traffic.total(crossed.bytes)
 
@@ -231,7 +232,7 @@ class TestRatios:
     def test_the_table_has_the_median_of_the_ratios_and_not_the_ratio_of_medians(self, finished):
         slow = [sample(0, 0.002, a=2**20), sample(1, 0.006), sample(2, 0.03, 3.0)]
         base = [sample(0, 0.001), sample(1, 0.004), sample(2, 0.01)]
-        samples = dict.fromkeys(bench.VARIANTS, base) | {"accelerate": slow, "eager": base}
+        samples = dict.fromkeys(variants.VARIANTS, base) | {"accelerate": slow, "eager": base}
         table = rows(bench.table([dataclasses.replace(finished.result, samples=samples)]))
         assert table[configuration("accelerate")] == [
             "0.0060 (2.00x slower)",
@@ -240,10 +241,10 @@ class TestRatios:
             "1.00 (1.00 to 3.00)",
             "1.00 (0.50 to 1.00)",
         ]
-        assert table[configuration(bench.ONE_GPU)] == ["0.0040", "2.00 MiB", "1.00", "1.00", "1.00"]
+        assert table[configuration(variants.ONE_GPU)] == ["0.0040", "2.00 MiB", "1.00", "1.00", "1.00"]
 
     def test_what_is_faster_is_called_faster(self, finished):
-        samples = {name: [sample(0, 2.0)] for name in bench.VARIANTS} | {"eager": [sample(0, 1.0)]}
+        samples = {name: [sample(0, 2.0)] for name in variants.VARIANTS} | {"eager": [sample(0, 1.0)]}
         table = rows(bench.table([dataclasses.replace(finished.result, samples=samples)]))
         assert table[configuration("eager")][0] == "1.0000 (2.00x faster)"
 
@@ -252,7 +253,7 @@ class TestARun:
     def test_it_ends_well(self, finished):
         assert (finished.status, finished.err) == (0, "")
         assert "Logits as one GPU's" in finished.out
-        assert finished.result.check.differences.keys() == set(finished.result.samples) - {bench.ONE_GPU}
+        assert finished.result.check.differences.keys() == set(finished.result.samples) - {variants.ONE_GPU}
 
     def test_the_file_has_every_sample(self, finished):
         assert finished.result.samples.keys() == set(NAMES)
@@ -299,7 +300,7 @@ class TestARun:
         peaks = {name: samples[1].peak for name, samples in finished.result.samples.items()}
         config = models.config("llama", num_hidden_layers=2)
         weights = sum(4 * weight.numel() for weight in models.build(config).parameters())
-        assert peaks[bench.ONE_GPU]["sim:1"] == 0
+        assert peaks[variants.ONE_GPU]["sim:1"] == 0
         without = {name: peak for name, peak in peaks.items() if name not in GRAPHED}
         assert all(weights < sum(peak.values()) < 2 * weights for peak in without.values())
         assert all(0 < peak[device] < weights for name, peak in without.items() if name in SPREAD for device in DEVICES)
@@ -308,9 +309,9 @@ class TestARun:
         setting = dataclasses.replace(SETTING, devices="sim:2")
         prompts = tokens()[:, :8]
         bench._generate(alone, prompts.to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
-        one = bench.reply(setting, bench.VARIANTS[bench.ONE_GPU], alone, prompts, 0, 0)
+        one = bench.reply(setting, variants.VARIANTS[variants.ONE_GPU], alone, prompts, 0, 0)
         other = torch.empty(2**20, device="sim:0")
-        two = bench.reply(setting, bench.VARIANTS[bench.ONE_GPU], alone, prompts, 1, 0)
+        two = bench.reply(setting, variants.VARIANTS[variants.ONE_GPU], alone, prompts, 1, 0)
         del other
         assert one.peak == two.peak
 
@@ -345,12 +346,12 @@ class TestQuantization:
         assert outcome.status == 0
         made = quantized.KINDS[kind]
         assert f"| {made.label} {importlib.metadata.version(made.library())} |" in outcome.out
-        names = bench.default_variants(2, kind)
+        names = variants.default_variants(2, kind)
         assert list(rows(outcome.out)) == [configuration(name) for name in names]
 
     @pytest.mark.skipif("8-bnb" not in KINDS, reason="no bitsandbytes here")
     def test_8_bit_layers_have_no_graphs(self):
-        assert not GRAPHED & set(bench.default_variants(2, "8-bnb"))
+        assert not GRAPHED & set(variants.default_variants(2, "8-bnb"))
         assert "no graph can repeat" in refused(*QUICK, "--quantization", "8-bnb", "--variants", "graph")
 
     def test_a_library_that_is_missing_is_named(self, monkeypatch):
@@ -374,7 +375,7 @@ class TestTooLittleMemory:
             finally:
                 simulated.set_capacity(1, None)
 
-        monkeypatch.setitem(bench.VARIANTS, "patch", bench.Variant("patch", "greedy", True, greedy))
+        monkeypatch.setitem(variants.VARIANTS, "patch", variants.Variant("patch", "greedy", True, greedy))
         greedy_needs = "at least 2.0 MiB missing on sim:1"
         outcome = run(*QUICK, "--variants", "one-gpu", "patch", "eager")
         assert outcome.status == 0
@@ -385,11 +386,11 @@ class TestTooLittleMemory:
 
     def test_a_model_that_does_not_fit_leaves_out_its_variants(self):
         simulated.set_capacity(1, simulated.allocated(1) + 1024)
-        outcome = run(*QUICK, "--check", "--variants", bench.ONE_GPU, *SPREAD)
+        outcome = run(*QUICK, "--check", "--variants", variants.ONE_GPU, *SPREAD)
         assert outcome.status == 1  # there was nothing to check
         for name in SPREAD:
             assert rows(outcome.out)[configuration(name)][0].startswith("out of memory: at least ")
-        assert rows(outcome.out)[configuration(bench.ONE_GPU)][0].startswith("0.")
+        assert rows(outcome.out)[configuration(variants.ONE_GPU)][0].startswith("0.")
 
     def test_without_one_gpu_there_are_times_and_no_ratios(self):
         outcome = run(*QUICK, "--variants", "eager")
@@ -434,7 +435,7 @@ class TestCheck:
             yield
             weight[-1] -= 1
 
-        monkeypatch.setitem(bench.VARIANTS, "accelerate", bench.Variant("accelerate", "wrong", True, wrong))
+        monkeypatch.setitem(variants.VARIANTS, "accelerate", variants.Variant("accelerate", "wrong", True, wrong))
         outcome = run(*QUICK, "--check", "--variants", "one-gpu", "accelerate", "eager")
         assert outcome.status == 1
         assert "accelerate: the logits of step 0 are" in outcome.err
@@ -452,7 +453,7 @@ class TestCheck:
     def test_16_bits_may_differ_three_times_as_much_as_one_gpu_from_itself(self, monkeypatch, dtype, tolerance):
         logits = iter([[torch.tensor([100.0])], [torch.tensor([102.0])], [torch.tensor([101.0])]])
         monkeypatch.setattr(bench, "forced_logits", lambda *args: next(logits))
-        setting = dataclasses.replace(SETTING, dtype=dtype, variants=(bench.ONE_GPU, "eager"))
+        setting = dataclasses.replace(SETTING, dtype=dtype, variants=(variants.ONE_GPU, "eager"))
         check = bench.check(setting, dict.fromkeys(setting.variants), torch.empty(0), bench.Failures())
         assert (check.itself, check.differences) == (0.02, {"eager": [0.01]})
         assert check.tolerance == pytest.approx(tolerance)

@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import gc
 import importlib.metadata
-import inspect
 import itertools
 import json
 import platform
@@ -30,18 +29,14 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from accelerate.hooks import AlignDevicesHook
-from accelerate.utils.operations import find_device, send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import shard
 from ..engine import vram
-from ..engine.placement import CACHE_NAME, align_hooks
 from . import models, quantized, simulated
+from .variants import ONE_GPU, VARIANTS, Variant, default_variants, graphed, has_graphs, knows_skip_keys
 
 SIMULATED = "The GPUs are simulated on the CPU: memory is exact, times are the simulation's own."
-ONE_GPU = "one-gpu"
 # How far logits may be from one GPU's, relative to the largest. With 16 bit, three times what one GPU differs from
 # itself is allowed too: real GPUs do not add up in the same order each time.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2}
@@ -50,127 +45,7 @@ FEWEST_TOKENS = 4  # of a reply: the step to the second is not timed, and that t
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
-# Variants ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way of running a model.
-
-    Attributes:
-        name: on the command line and in files.
-        label: in the table, after the GPUs.
-        spread: whether it runs the model that accelerate has spread over all devices, or the one on the first alone.
-        applied: puts that model into this state inside a `with`, and back into exactly the state before.
-    """
-
-    name: str
-    label: str
-    spread: bool
-    applied: Callable[[Any], contextlib.AbstractContextManager[Any]]
-
-
-@contextlib.contextmanager
-def without_skip_keys(model: nn.Module) -> Iterator[None]:
-    """The hooks move whatever they are given, as before accelerate 0.20 had `skip_keys`."""
-    hooks = [hook for module in model.modules() for hook in align_hooks(vars(module).get("_hf_hook"))]
-    before = [(hook, hook.skip_keys) for hook in hooks if hasattr(hook, "skip_keys")]
-    try:
-        for hook, _ in before:
-            hook.skip_keys = None
-        yield
-    finally:
-        for hook, keys in before:
-            hook.skip_keys = keys
-
-
-@contextlib.contextmanager
-def with_the_issues_patch(model: nn.Module) -> Iterator[None]:
-    """What the issue's patch does, and nothing else: the model's outermost hook leaves the cache where it is.
-
-    Then each layer's cache already is where that layer's own hook wants it.
-    """
-    with without_skip_keys(model):
-        before: Any = model._hf_hook
-        model._hf_hook = _CacheStays(before.execution_device)
-        try:
-            yield
-        finally:
-            model._hf_hook = before
-
-
-class _CacheStays(AlignDevicesHook):
-    """accelerate's hook of a whole model, which sends outputs back to where the inputs were, but for the cache."""
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        self.input_device = find_device([args, kwargs])
-        return send_to_device(args, self.execution_device), _moved(kwargs, self.execution_device)
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        if not isinstance(output, Mapping):
-            return send_to_device(output, self.input_device)
-        return type(output)(_moved(output, self.input_device))
-
-
-def _moved(values: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    return {key: value if key == CACHE_NAME else send_to_device(value, device) for key, value in values.items()}
-
-
-@contextlib.contextmanager
-def sharded(model: nn.Module) -> Iterator[None]:
-    """sharded_kv in eager mode, with its meter: as everybody runs it."""
-    sharding = shard(model)
-    try:
-        if not sharding.enabled:
-            raise RuntimeError(f"sharded_kv does not take this model: {sharding.reason}")
-        yield
-    finally:
-        sharding.detach()
-
-
-@contextlib.contextmanager
-def graphed(model: nn.Module) -> Iterator[None]:
-    """sharded_kv in graph mode, from a reply's first token on: it captures in each reply anew."""
-    sharding = shard(model)
-    try:
-        sharding.mode = "graph"
-        yield
-        if sharding.reason_for_eager:
-            raise RuntimeError(f"sharded_kv ran without graphs: {sharding.reason_for_eager}")
-    finally:
-        sharding.detach()
-
-
-VARIANTS: Mapping[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant(ONE_GPU, "", False, contextlib.nullcontext),
-        Variant("one-gpu-graph", "sharded_kv, graph mode", False, graphed),
-        Variant("no-skip-keys", "accelerate, no skip keys", True, without_skip_keys),
-        Variant("accelerate", "accelerate", True, contextlib.nullcontext),
-        Variant("patch", "accelerate, issue's patch", True, with_the_issues_patch),
-        Variant("eager", "sharded_kv", True, sharded),
-        Variant("graph", "sharded_kv, graph mode", True, graphed),
-    )
-}
-
-
-def knows_skip_keys() -> bool:
-    """Whether this accelerate has `skip_keys`; without, "no-skip-keys" is the same as "accelerate"."""
-    return "skip_keys" in inspect.signature(accelerate.dispatch_model).parameters
-
-
-def has_graphs(quantization: str | None) -> bool:
-    """Whether decode steps with such weights can be graphs."""
-    return quantization is None or quantized.KINDS[quantization].has_graphs
-
-
-def default_variants(devices: int, quantization: str | None = None) -> list[str]:
-    """Those that run on so many devices, with this stack."""
-    left_out = set() if knows_skip_keys() else {"no-skip-keys"}
-    if not hasattr(transformers, "DynamicCache") or not has_graphs(quantization):
-        left_out |= {name for name, variant in VARIANTS.items() if variant.applied is graphed}
-    return [name for name, variant in VARIANTS.items() if name not in left_out and (devices > 1 or not variant.spread)]
+# Turns ---------------------------------------------------------------------------------------------------------------
 
 
 def order_of_round(names: Sequence[str], round: int) -> list[str]:
