@@ -238,10 +238,16 @@ class TestRatios:
             "0.0060 (2.00x slower)",
             "2.00 MiB",
             "2.00 (1.50 to 3.00)",
+            "2.00",
             "1.00 (1.00 to 3.00)",
             "1.00 (0.50 to 1.00)",
         ]
-        assert table[configuration(variants.ONE_GPU)] == ["0.0040", "2.00 MiB", "1.00", "1.00", "1.00"]
+        assert table[configuration(variants.ONE_GPU)] == ["0.0040", "2.00 MiB", "1.00", "1.00", "1.00", "1.00"]
+
+    def test_the_quickest_tenth_is_of_all_tokens_of_all_rounds(self):
+        steps = [[1.0, 3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 3.0, 3.0, 3.0, 3.0]]
+        samples = [dataclasses.replace(sample(round, 3.0), steps=steps[round]) for round in range(2)]
+        assert bench.quickest_tenth(samples) == 2.0
 
     def test_what_is_faster_is_called_faster(self, finished):
         samples = {name: [sample(0, 2.0)] for name in variants.VARIANTS} | {"eager": [sample(0, 1.0)]}
@@ -381,7 +387,7 @@ class TestTooLittleMemory:
         assert outcome.status == 0
         assert outcome.err.count(f"patch: out of memory, {greedy_needs}") == 1
         table = rows(outcome.out)
-        assert table["2x Simulated GPU, greedy"] == [f"out of memory: {greedy_needs}", "-", "-", "-", "-"]
+        assert table["2x Simulated GPU, greedy"] == [f"out of memory: {greedy_needs}", *"-----"]
         assert "slower" in table[configuration("eager")][0] or "faster" in table[configuration("eager")][0]
 
     def test_a_model_that_does_not_fit_leaves_out_its_variants(self):
@@ -395,7 +401,7 @@ class TestTooLittleMemory:
     def test_without_one_gpu_there_are_times_and_no_ratios(self):
         outcome = run(*QUICK, "--variants", "eager")
         assert outcome.status == 0
-        assert rows(outcome.out)[configuration("eager")][2:] == ["-", "-", "-"]
+        assert rows(outcome.out)[configuration("eager")][2:] == ["-"] * 4
 
     def test_where_nothing_fits_it_fails(self):
         simulated.set_capacity(0, simulated.allocated(0))
