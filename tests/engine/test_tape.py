@@ -348,7 +348,7 @@ def test_a_static_buffer_is_written_at_each_replay(here: torch.device, capture: 
     assert sums == [2, 8]
 
 
-# A simulated capture writes it once more than a real one: engine/tape.py is right, tools/simulated_graphs.py is not.
+# A simulated capture writes it once more than a real one: engine/tape.py is right, tools/simulated/graphs.py is not.
 def test_what_adds_to_a_static_buffer_adds_once_for_each_replay(here: torch.device, capture: Recorder) -> None:
     total, x = torch.zeros(2, device=here), torch.ones(2, device=here)
     tape, _ = capture(lambda: total.add_(x * 1))
