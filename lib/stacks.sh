@@ -159,9 +159,12 @@ lay_sources() { # STACK: unpacks source distributions into .venv/STACK/src, for 
   done
 }
 
-fetch_source() { # PYTHON FOLDER NAME VERSION
-  "$1" -m pip download -qq --disable-pip-version-check --no-input --no-deps --no-binary "$3" -d "$2" "$3==$4" &&
-    tar -xzf "$2/$3-$4.tar.gz" -C "$2"
+fetch_source() { # PYTHON FOLDER NAME VERSION: all of it or nothing
+  local part="$2/.part"
+  rm -rf -- "$part"
+  mkdir -p -- "$part"
+  "$1" -m pip download -qq --disable-pip-version-check --no-input --no-deps --no-binary "$3" -d "$part" "$3==$4" &&
+    tar -xzf "$part/$3-$4.tar.gz" -C "$part" && mv -- "$part/$3-$4" "$2/" && rm -r -- "$part"
 }
 
 pin() { # STACK PACKAGE: as "torch 2.13.0"

@@ -649,6 +649,15 @@ def test_an_error_of_the_model_itself_passes_through_as_it_is(
     assert sharding.failure == ""
 
 
+@pytest.mark.parametrize("name", ["", "model.layers.3"])
+def test_arguments_that_do_not_fit_are_the_callers_error_and_leave_sharding_on(model: Any, name: str) -> None:
+    sharding = shard(model)
+    with pytest.raises(TypeError, match=r"nonsense|argument"):
+        model.get_submodule(name)(nonsense=1, input_ids=3)
+    assert sharding.enabled
+    assert sharding.failure == ""
+
+
 def test_forwards_that_cannot_be_taken_off_after_an_error_of_ours_cost_no_reply_either(
     model: Any, places: list[str], right: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

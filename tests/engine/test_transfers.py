@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import weakref
 from collections import UserDict, namedtuple
 
@@ -100,6 +102,36 @@ def test_a_block_is_given_its_own_inputs_after_others_had_the_same(
     assert forward.move_inputs((), {"mask": own, "layer": None}, there)[1]["mask"].tolist() == [0, 0]
     assert forward.move_inputs((), {"bias": mask, "layer": None}, there)[1].keys() == {"bias", "layer"}
     assert forward.move_inputs((), {"mask": mask, "layer": None}, here)[1]["mask"] is mask
+
+
+def test_inputs_that_came_under_each_others_names_are_told_apart(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    left, right = torch.zeros(1, device=here), torch.ones(1, device=here)
+    for _ in range(2):
+        forward.move_inputs((), {"left": left, "right": right}, there)
+    _, moved = forward.move_inputs((), {"right": left, "left": right}, there)
+    assert (moved["left"].item(), moved["right"].item()) == (1, 0)
+
+
+def test_what_is_to_stay_stays_though_every_block_before_had_it_moved(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    cache = torch.ones(1, device=here)
+    for _ in range(2):
+        forward.move_inputs((), {"cache": cache}, there)
+    assert forward.move_inputs((), {"cache": cache}, there, frozenset({"cache"}))[1]["cache"] is cache
+
+
+def test_types_that_somebody_makes_as_he_goes_do_not_stay(forward: Forward, here: torch.device) -> None:
+    made = []
+    for number in range(3000):
+        kind = type(f"Kind{number}", (), {})
+        made.append(weakref.ref(kind))
+        forward.move_inputs((), {"value": kind()}, here)
+    del kind
+    gc.collect()
+    assert sum(kind() is not None for kind in made) <= 1024
 
 
 def test_a_hidden_state_that_crossed_by_name_is_not_held(
@@ -219,6 +251,27 @@ def test_an_output_comes_home_without_its_cache(forward: Forward, here: torch.de
     assert moved.past_key_values[0][0] is layer[0]
     assert moved.loss is None
     assert output.logits.device == there
+
+
+def test_an_output_of_transformers_comes_home_without_its_constructor(
+    forward: Forward, here: torch.device, there: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = CausalLMOutputWithPast(logits=torch.ones(2, device=there), past_key_values=((), ()))
+    monkeypatch.delattr(CausalLMOutputWithPast, "__init__")
+    assert forward.move_home(output, here, frozenset({"past_key_values"})).logits.device == here
+
+
+def test_an_output_with_more_in_it_than_its_fields_is_made_by_its_class(
+    forward: Forward, here: torch.device, there: torch.device
+) -> None:
+    @dataclasses.dataclass
+    class WithProbabilities(CausalLMOutputWithPast):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.probabilities = self.logits.softmax(-1)
+
+    moved = forward.move_home(WithProbabilities(logits=torch.ones(2, device=there)), here)
+    assert moved.logits.device == moved.probabilities.device == here
 
 
 def test_every_tensor_of_a_tuple_output_comes_home(forward: Forward, here: torch.device, there: torch.device) -> None:

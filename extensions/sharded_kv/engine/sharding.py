@@ -429,9 +429,11 @@ def _may_be_ours(error: Exception) -> bool:
     """Whether it was raised in our code, or says that tensors met which are on different devices."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return False
-    frames = traceback.walk_tb(error.__traceback__)
-    innermost = [frame.f_code.co_filename for frame, _ in frames][-1]
-    return Path(innermost).parent == Path(__file__).parent or "same device" in wording.of_error(error)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    code = frame.f_code
+    if isinstance(error, TypeError) and code.co_name.startswith("run_"):
+        return False  # of arguments that do not fit the innermost frame is the caller's, which is where we pass them on
+    return Path(code.co_filename).parent == Path(__file__).parent or "same device" in wording.of_error(error)
 
 
 _CACHES = frozenset({CACHE_NAME})

@@ -108,12 +108,12 @@ class _Inputs:
     records: list[_Copy]
 
     def come_again(self, kwargs: dict[str, Any]) -> bool:
-        """Whether `kwargs` are the same objects under the same names."""
+        """Whether `kwargs` are the same objects under the same names, in the same order."""
         given = self.given
         return (
             len(given) == len(kwargs)
             and all(map(operator.is_, given.values(), kwargs.values()))
-            and given.keys() == kwargs.keys()
+            and all(map(operator.eq, given, kwargs))
         )
 
 
@@ -207,6 +207,7 @@ class Forward:
         shared = self._shared
         if (
             shared is not None
+            and not keep
             and shared.device == device
             and shared.come_again(kwargs)
             and all(map(self._is_good, shared.records))
@@ -331,6 +332,8 @@ class _Kinds(dict[type, Literal["tensor", "sequence", "self-moving", "mapping", 
     """How values of a type move. Asked for every input of every block, so it is found out once for each type."""
 
     def __missing__(self, of: type) -> str:
+        if len(self) >= 1024:  # somebody makes types as he goes: they must not stay
+            self.clear()
         self[of] = kind = self._find_out(of)
         return kind
 
@@ -356,14 +359,25 @@ def _rebuilt(old: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping like `old` with other items; `old` itself if they are the same."""
     if all(items[key] is item for key, item in old.items()):
         return old
-    if not (isinstance(old, dict) and dataclasses.is_dataclass(old)):
+    if not _has_only_fields(old):
         return type(old)(items)  # type: ignore[call-arg]
     # An output of transformers, whose constructor takes 40 us: as long as the copy of the logits.
-    new = type(old).__new__(type(old))
+    new: Any = type(old).__new__(type(old))
     vars(new).update(vars(old))
     for key, item in items.items():
         new[key] = item
     return new
+
+
+def _has_only_fields(output: Any) -> bool:
+    """Whether it is an output of transformers in which nothing is but its fields, each of them an item or None."""
+    fields = getattr(type(output), "__dataclass_fields__", None)
+    return (
+        fields is not None
+        and isinstance(output, dict)
+        and vars(output).keys() == fields.keys()
+        and all(value is None or output.get(name) is value for name, value in vars(output).items())
+    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
