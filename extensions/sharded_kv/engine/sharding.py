@@ -295,7 +295,7 @@ class _Runtime:
             return self.run_block_home(current, block, original, args, kwargs)
         try:
             device = block.device
-            if device is not current.device:
+            if device != current.device:
                 current.enter(device)
             args, kwargs = current.move_inputs(args, kwargs, device)
         except Exception as error:
