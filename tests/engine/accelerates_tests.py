@@ -21,8 +21,10 @@ from extensions.sharded_kv.tools import simulated
 
 DEVICES = 4
 # What accelerate's decorators ask of the machine, by the names that they have in any of the stacks' versions.
-NEEDS_GPUS = "require_cuda require_cuda_or_xpu require_non_cpu require_multi_device require_multi_gpu".split()
-NEEDS_GPUS.append("require_multi_gpu_or_xpu")
+NEEDS_GPUS = (
+    *("require_cuda", "require_cuda_or_xpu", "require_non_cpu"),
+    *("require_multi_device", "require_multi_gpu", "require_multi_gpu_or_xpu"),
+)
 
 _were_active: list[bool] = []
 

@@ -430,10 +430,10 @@ def _may_be_ours(error: Exception) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    code = frame.f_code
-    if isinstance(error, TypeError) and code.co_name.startswith("run_"):
-        return False  # of arguments that do not fit the innermost frame is the caller's, which is where we pass them on
-    return Path(code.co_filename).parent == Path(__file__).parent or "same device" in wording.of_error(error)
+    innermost = Path(frame.f_code.co_filename)
+    if isinstance(error, TypeError) and innermost == Path(__file__):
+        return False  # the caller's arguments do not fit: that is raised where we pass them on
+    return innermost.parent == Path(__file__).parent or "same device" in wording.of_error(error)
 
 
 _CACHES = frozenset({CACHE_NAME})

@@ -101,11 +101,11 @@ def split_by_hand(model: nn.Module) -> Iterator[None]:
     try:
         for stage in placement.stages[1:]:
             crossed: dict[str, Any] = {}
-            for block in stage.blocks:
-                module = model.get_submodule(block.name)
-                changed.append(module)
-                is_first = block is stage.blocks[0]
-                module.forward = (_entering if is_first else _going_on)(module.forward, stage.device, crossed)
+            first, *others = (model.get_submodule(block.name) for block in stage.blocks)
+            changed += [first, *others]
+            first.forward = _entering(first.forward, stage.device, crossed)
+            for module in others:
+                module.forward = _going_on(module.forward, crossed)
         model.forward = _coming_home(model.forward, home)
         yield
     finally:
@@ -126,7 +126,7 @@ def _entering(forward: Callable[..., Any], device: torch.device, crossed: dict[s
     return run
 
 
-def _going_on(forward: Callable[..., Any], device: torch.device, crossed: dict[str, Any]) -> Callable[..., Any]:
+def _going_on(forward: Callable[..., Any], crossed: dict[str, Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **{**kwargs, **crossed}) if kwargs else forward(*args)
 

@@ -22,7 +22,7 @@ _NOMINAL_CAPACITY = 80 << 30
 
 
 @dataclass(frozen=True)
-class Counts:
+class _Counts:
     """What has been counted since the process started; a difference of two is what happened in between."""
 
     bytes: Mapping[Pair, int]
@@ -41,12 +41,12 @@ class Traffic:
     def __init__(self, counter: _Counter) -> None:
         self._counter = counter
         self._before = counter.read()
-        self._end: Counts | None = None
+        self._end: _Counts | None = None
 
     def _freeze(self) -> None:
         self._end = self._counter.read()
 
-    def _now(self) -> Counts:
+    def _now(self) -> _Counts:
         return self._end or self._counter.read()
 
     @property
@@ -102,7 +102,7 @@ def _total(per_pair: Mapping[Pair, int], *, host: bool) -> int:
 
 
 class _Counter:
-    """Counts copies, reads and switches from all threads."""
+    """_Counts copies, reads and switches from all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -124,9 +124,9 @@ class _Counter:
         with self._lock:
             self._switches += 1
 
-    def read(self) -> Counts:
+    def read(self) -> _Counts:
         with self._lock:
-            return Counts(dict(self._bytes), dict(self._copies), self._reads, self._switches)
+            return _Counts(dict(self._bytes), dict(self._copies), self._reads, self._switches)
 
 
 class Block:
@@ -438,11 +438,13 @@ class Machine:
 
 @functools.cache
 def device_of(index: int) -> torch.device:
+    """The simulated device with this index."""
     return torch.device("sim", index)
 
 
 @functools.cache
 def name_of(index: int) -> str:
+    """Its name, as "sim:1"."""
     return f"sim:{index}"
 
 

@@ -497,6 +497,7 @@ def run_factory(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def kernel(run: Callable[..., Any], func: Any) -> Callable[..., Any]:
+    """What torch calls for the operator `func`: `run` with it."""
     return lambda *args, **kwargs: machine.backward.shielded(run, func, args, kwargs)
 
 
@@ -513,4 +514,5 @@ def kept_whole(func: Any) -> Callable[..., Any]:
 
 
 def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What torch calls for every operator that has no kernel of its own and no simulated operand."""
     return machine.backward.shielded(run_factory, func, args, kwargs)

@@ -179,6 +179,7 @@ def _deepcopy_data(tensor: SimTensor, memo: dict[int, Any]) -> SimTensor:
 
 
 def shell_of(raw: torch.Tensor, index: int, block: Block, kind: type[SimTensor] = SimTensor) -> SimTensor:
+    """The simulated tensor around a CPU tensor that lies in `block` of a device."""
     tensor = torch.Tensor._make_wrapper_subclass(
         kind, raw.shape, raw.stride(), raw.storage_offset(), None, raw.dtype, torch.strided, device_of(index)
     )
