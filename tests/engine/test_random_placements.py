@@ -71,6 +71,27 @@ class Case:
         return way.run(model, self.main_device)
 
 
+# Those that a seed has found, shrunken. Each is tried in every run.
+FOUND = {
+    # 2026-11-25: the cache of its cross attention needs room where accelerate of 2023 has none of it at its peak.
+    "t5": Case(
+        family="t5",
+        tied=False,
+        device_map={
+            "encoder": "sim:1",
+            **dict.fromkeys(("shared", "lm_head", "decoder.embed_tokens", "decoder.block.0"), "sim:0"),
+            **dict.fromkeys((f"decoder.block.1.layer.{part}" for part in range(3)), "sim:0"),
+            **dict.fromkeys(("decoder.final_layer_norm", "decoder.dropout"), "sim:0"),
+        },
+        main_device="sim:1",
+        way="greedy",
+        mode="eager",
+        batch=1,
+        length=2,
+    )
+}
+
+
 @st.composite
 def cases(draw: st.DrawFn, family: str) -> Case:
     """Any assignment of any submodule tree to 1 to 4 devices, the CPU and the disk."""
@@ -229,4 +250,6 @@ def test_any_placement_replies_as_under_accelerate_with_no_more_traffic_and_memo
             assert attributes(model) == before
             del weights
 
+    if family in FOUND:
+        check = hypothesis.example(FOUND[family])(check)
     check()
