@@ -1,4 +1,4 @@
-"""Sums up what `./install.sh --test` did: one line per step and the totals as the last line."""
+"""Sums up what `./install.sh --test` did: what failed and how, one line per step, and the totals as the last line."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 STACKS_FOLDER = Path(__file__).parent
 # How many of the lines of engine/ and webui/ a whole run has to run.
 LEAST_COVERAGE = 95
+# How much of what pytest says of a failed test is shown again: its end names the line and the error.
+LAST_LINES = 25
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,12 @@ def main() -> int:
     """Prints the summary of a results folder; the exit status is 1 if anything failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="the folder with steps.tsv and each stack's junit XML")
-    lines = read_lines(parser.parse_args().results)
+    results = parser.parse_args().results
+    lines = read_lines(results)
     totals = sum((line.counts for line in lines), Counts())
+    for junit in sorted(results.glob("*.xml")):
+        for failure in failures(junit):
+            print(f"\n{junit.stem}: {failure}")
     print()
     print(*layout(lines), sep="\n")
     print(totals)
@@ -93,6 +99,18 @@ def count_tests(junit: Path) -> Counts:
         else:
             counts += Counts(passed=1)
     return counts
+
+
+def failures(junit: Path) -> Iterator[str]:
+    """The name of each failed test in a junit XML file, and the end of what pytest says of it; none if it is cut off."""
+    try:
+        cases = list(ElementTree.parse(junit).iter("testcase"))
+    except ElementTree.ParseError:
+        return
+    for case in cases:
+        for found in [*case.iter("failure"), *case.iter("error")]:
+            said = (found.text or found.get("message", "")).rstrip().splitlines()[-LAST_LINES:]
+            yield "\n".join([f"{case.get('classname', '')}::{case.get('name')} {found.tag}", *said])
 
 
 def _line(results: Path, kind: str, name: str, seconds: str, status: str) -> Line:

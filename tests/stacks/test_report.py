@@ -48,6 +48,15 @@ def test_a_test_that_did_not_pass_fails_the_run(report, case):
     assert (status, lines[-1]) == (1, "1 passed, 1 failed, 0 skipped")
 
 
+def test_what_failed_is_shown_before_the_summary_with_the_end_of_what_pytest_says(report):
+    said = "\n".join(f"line {n}" for n in range(100))
+    case = f'<testcase classname="tests.test_a" name="test_b"><failure message="no">{said}</failure></testcase>'
+    _, lines = report("stack | 2024 | 9 | 1", "stack | now | 9 | 0", **{"2024": PASSED + case, "now": PASSED})
+    assert lines[1] == "2024: tests.test_a::test_b failure"
+    assert lines[2:28] == [*(f"line {n}" for n in range(75, 100)), ""]
+    assert lines[28].startswith("2024 ")
+
+
 @pytest.mark.parametrize("cases", ["", SKIPPED], ids=["none", "all skipped"])
 def test_a_stack_that_ran_no_test_fails_the_run(report, cases):
     status, lines = report("stack | now | 1 | 0", now=cases)
