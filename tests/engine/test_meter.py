@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,6 +259,20 @@ def test_a_snapshot_may_be_taken_by_another_thread_during_a_reply(model: Any, pl
     thread.join()
     assert not errors
     assert any(snapshot.generating for snapshot in snapshots)
+
+
+def test_a_snapshot_while_modules_are_added_has_the_weights_of_the_one_before(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = shard(model).meter
+    before = meter.snapshot()
+
+    def parameters() -> Iterator[Any]:
+        yield next(model.lm_head.parameters())
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(model, "parameters", parameters)
+    assert [m.weights for m in meter.snapshot().memory] == [m.weights for m in before.memory]
 
 
 def test_replies_in_two_threads_are_both_counted(model: Any, places: list[str]) -> None:

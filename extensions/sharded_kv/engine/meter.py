@@ -185,10 +185,12 @@ class Meter:
         self._latest: bool | None = None
         self._generating = 0
         self._memory = _MemoryMarks()
+        self._weights: dict[torch.device, int] = {}
 
     def snapshot(self) -> Snapshot:
         """What is known now. May be called from any thread, while a reply is being written."""
-        memory = tuple(self._device_memory(device) for device in self._devices)
+        weights = self._weigh()
+        memory = tuple(self._device_memory(device, weights.get(device, 0)) for device in self._devices)
         with self._lock:
             figures = {sharded: recorder.figures() for sharded, recorder in self._recorders.items()}
             return Snapshot(
@@ -291,11 +293,17 @@ class Meter:
                 each = step.seconds / step.tokens
                 self._tokens.extend([Token(time.time(), each, step.sharded)] * step.tokens)
 
-    def _device_memory(self, device: torch.device) -> DeviceMemory:
-        usage = vram.usage(device)
+    def _weigh(self) -> dict[torch.device, int]:
+        """Bytes of the model's parameters and buffers on each device."""
         model = None if self._model is None else self._model()
-        tensors = [] if model is None else [*model.parameters(), *model.buffers()]
-        weights = sum(t.numel() * t.element_size() for t in tensors if t.device == device)
+        if model is None:
+            return {}
+        with contextlib.suppress(RuntimeError):  # modules come or go just now, as those of a LoRA: as it was before
+            self._weights = bytes_by_device([*model.parameters(), *model.buffers()])
+        return self._weights
+
+    def _device_memory(self, device: torch.device, weights: int) -> DeviceMemory:
+        usage = vram.usage(device)
         cache = self._memory.cache.get(device, 0)
         return DeviceMemory(
             device=str(device),
@@ -534,7 +542,7 @@ def writes_replies(of: type) -> bool:
 
 
 def bytes_by_device(cache: Any) -> dict[torch.device, int]:
-    """Bytes of a cache on each device: of tuples of tensors, or of one of transformers' cache objects."""
+    """Bytes on each device of a cache: of tensors in tuples and lists, or of one of transformers' cache objects."""
     sizes: dict[torch.device, int] = collections.defaultdict(int)
     for tensor in {id(tensor): tensor for tensor in _cache_tensors(cache)}.values():
         sizes[tensor.device] += tensor.numel() * tensor.element_size()
