@@ -102,7 +102,7 @@ def count_tests(junit: Path) -> Counts:
 
 
 def failures(junit: Path) -> Iterator[str]:
-    """The name of each failed test in a junit XML file, and the end of what pytest says of it; none if it is cut off."""
+    """The name of each failed test in a junit XML file, and the end of what pytest says of it. None if cut off."""
     try:
         cases = list(ElementTree.parse(junit).iter("testcase"))
     except ElementTree.ParseError:
