@@ -19,10 +19,12 @@ import pytest
 import torch
 import transformers
 
-from extensions.sharded_kv.tools import bench, models, quantized, simulated, traffic, variants
+from extensions.sharded_kv.tools import models, quantized, simulated, traffic
+from extensions.sharded_kv.tools.bench import __main__ as command
+from extensions.sharded_kv.tools.bench import bandwidth, building, memory, records, running, tables, variants
 
 DEVICES = ("sim:0", "sim:1")
-SETTING = bench.Setting("llama", None, "float32", None, "sim:2", 24, 6, 1, 1, tuple(variants.VARIANTS))
+SETTING = records.Setting("llama", None, "float32", None, "sim:2", 24, 6, 1, 1, tuple(variants.VARIANTS))
 QUICK = ["--devices", "sim:2", "--layers", "2", "--context", "16", "--new-tokens", "4", "--rounds", "2"]
 GRAPHED = {name for name, variant in variants.VARIANTS.items() if variant.applied is variants.graphed}
 NAMES = [name for name in variants.VARIANTS if name not in GRAPHED or name in variants.default_variants(2)]
@@ -41,13 +43,13 @@ def simulated_devices() -> Iterator[None]:
 @pytest.fixture(scope="module", params=["llama", "gptj"])
 def spread(request: pytest.FixtureRequest) -> Any:
     simulated.start(2)
-    return bench.build(models.config(request.param), torch.float32, DEVICES)
+    return building.build(models.config(request.param), torch.float32, DEVICES)
 
 
 @pytest.fixture(scope="module")
 def alone(spread: Any) -> Any:
     """The same model on one device."""
-    return bench.build(spread.config, torch.float32, DEVICES[:1])
+    return building.build(spread.config, torch.float32, DEVICES[:1])
 
 
 def tokens(batch: int = 1) -> torch.Tensor:
@@ -58,14 +60,14 @@ def tokens(batch: int = 1) -> torch.Tensor:
 def run(*arguments: str) -> SimpleNamespace:
     """What the command printed, and its exit status."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        status = bench.main(arguments)
+        status = command.main(arguments)
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 
 def refused(*arguments: str) -> str:
     """What the command printed when it would not run."""
     with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit):
-        bench.main(arguments)
+        command.main(arguments)
     return err.getvalue()
 
 
@@ -74,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A whole run with all variants and the check, and its file."""
     file = tmp_path_factory.mktemp("bench") / "run.json"
     outcome = run(*QUICK, "--check", "--variants", *NAMES, "--json", str(file))
-    return SimpleNamespace(file=file, result=bench.Result.from_json(file.read_text()), **vars(outcome))
+    return SimpleNamespace(file=file, result=records.Result.from_json(file.read_text()), **vars(outcome))
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -107,18 +109,18 @@ class TestBuilding:
         size = sum(4 * weight.numel() for weight in models.build(config).parameters())
         for index in range(2):
             simulated.set_capacity(index, simulated.allocated(index) + int(0.7 * size))
-        bench.build(config, torch.float32, DEVICES)
+        building.build(config, torch.float32, DEVICES)
 
     def test_it_says_how_much_is_missing_before_it_builds(self):
         config = models.config("llama", num_hidden_layers=2)
         size = sum(4 * weight.numel() for weight in models.build(config).parameters())
         simulated.set_capacity(0, simulated.allocated(0) + size - 2048)
         with pytest.raises(torch.OutOfMemoryError, match=r"at least 2\.0 KiB missing on sim:0"):
-            bench.build(config, torch.float32, DEVICES[:1])
+            building.build(config, torch.float32, DEVICES[:1])
 
     def test_modules_register_their_parameters_as_before(self):
         before = torch.nn.Module.register_parameter
-        bench.build(models.config("llama", num_hidden_layers=2), torch.float32, DEVICES)
+        building.build(models.config("llama", num_hidden_layers=2), torch.float32, DEVICES)
         assert torch.nn.Module.register_parameter is before
 
 
@@ -127,10 +129,10 @@ class TestVariants:
     @pytest.mark.parametrize("name", SPREAD)
     def test_a_variant_leaves_the_model_exactly_as_accelerate_made_it(self, spread, name, fails):
         skip_without_graphs(name, spread)
-        bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
+        running.generate(spread, tokens()[:, :4].to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
         before = state(spread)
         with contextlib.suppress(ZeroDivisionError), variants.VARIANTS[name].applied(spread):
-            bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 4)
+            running.generate(spread, tokens()[:, :4].to(DEVICES[0]), 4)
             if fails:
                 raise ZeroDivisionError
         assert state(spread) == before
@@ -138,8 +140,8 @@ class TestVariants:
     @pytest.mark.parametrize("name", SPREAD)
     def test_a_variant_gives_one_gpus_logits(self, spread, alone, name):
         skip_without_graphs(name, spread)
-        expected = bench.forced_logits(SETTING, variants.VARIANTS[variants.ONE_GPU], alone, tokens(2))
-        logits = bench.forced_logits(SETTING, variants.VARIANTS[name], spread, tokens(2))
+        expected = running.forced_logits(SETTING, variants.VARIANTS[variants.ONE_GPU], alone, tokens(2))
+        logits = running.forced_logits(SETTING, variants.VARIANTS[name], spread, tokens(2))
         assert len(logits) == SETTING.new_tokens
         if name in GRAPHED:  # attention over room that is not used yet adds up in another order
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -150,7 +152,7 @@ class TestVariants:
     def test_a_reply_without_graphs_is_no_measurement_of_graph_mode(self, spread):
         options = {"output_hidden_states": True, "return_dict_in_generate": True}
         with pytest.raises(RuntimeError, match="without graphs"), variants.graphed(spread):
-            bench._generate(spread, tokens()[:, :4].to(DEVICES[0]), 4, **options)
+            running.generate(spread, tokens()[:, :4].to(DEVICES[0]), 4, **options)
 
     def test_each_moves_less_than_the_one_before(self, spread):
         crossed = {name: bytes_of(spread, name) for name in set(SPREAD) - GRAPHED | {"no-skip-keys"}}
@@ -192,7 +194,7 @@ def state(model: Any) -> list[Any]:
 
 def bytes_of(model: Any, name: str) -> int:
     with variants.VARIANTS[name].applied(model), traffic.record("sim") as crossed:
-        bench._generate(model, tokens().to(DEVICES[0]), 4)
+        running.generate(model, tokens().to(DEVICES[0]), 4)
     return traffic.total(crossed.bytes)
 
 
@@ -206,34 +208,34 @@ class TestRounds:
     @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
     def test_each_variant_comes_after_each_other_equally_often(self, n):
         names = [f"v{index}" for index in range(n)]
-        orders = [bench.order_of_round(names, round) for round in range(2 * n)]
+        orders = [running.order_of_round(names, round) for round in range(2 * n)]
         assert all(sorted(order) == names for order in orders)
         followed = Counter(pair for order in orders for pair in itertools.pairwise(order))
         assert followed == dict.fromkeys(itertools.permutations(names, 2), 2)
 
     def test_each_variant_has_each_turn_equally_often(self):
-        orders = [bench.order_of_round("abcd", round) for round in range(4)]
+        orders = [running.order_of_round("abcd", round) for round in range(4)]
         assert all(sorted(turn) == list("abcd") for turn in zip(*orders, strict=True))
 
 
-def sample(round: int, seconds: float, first: float = 1.0, **peak: int) -> bench.Sample:
-    return bench.Sample(round, 0, seconds, first, [seconds, seconds], peak or {"a": 2**20, "b": 2**20})
+def sample(round: int, seconds: float, first: float = 1.0, **peak: int) -> records.Sample:
+    return records.Sample(round, 0, seconds, first, [seconds, seconds], peak or {"a": 2**20, "b": 2**20})
 
 
 class TestRatios:
     def test_samples_of_one_round_are_pairs(self):
         ours = [sample(0, 2.0), sample(1, 9.0), sample(2, 4.0)]
         base = [sample(2, 1.0), sample(0, 2.0), sample(1, 3.0)]
-        assert bench.paired_ratios(ours, base, bench.RATIOS[0]) == [1.0, 3.0, 4.0]
+        assert tables.paired_ratios(ours, base, tables.RATIOS[0]) == [1.0, 3.0, 4.0]
 
     def test_a_round_without_a_pair_does_not_count(self):
-        assert bench.paired_ratios([sample(0, 2.0), sample(1, 9.0)], [sample(1, 3.0)], bench.RATIOS[0]) == [3.0]
+        assert tables.paired_ratios([sample(0, 2.0), sample(1, 9.0)], [sample(1, 3.0)], tables.RATIOS[0]) == [3.0]
 
     def test_the_table_has_the_median_of_the_ratios_and_not_the_ratio_of_medians(self, finished):
         slow = [sample(0, 0.002, a=2**20), sample(1, 0.006), sample(2, 0.03, 3.0)]
         base = [sample(0, 0.001), sample(1, 0.004), sample(2, 0.01)]
         samples = dict.fromkeys(variants.VARIANTS, base) | {"accelerate": slow, "eager": base}
-        table = rows(bench.table([dataclasses.replace(finished.result, samples=samples)]))
+        table = rows(tables.in_markdown([dataclasses.replace(finished.result, samples=samples)]))
         assert table[configuration("accelerate")] == [
             "0.0060 (2.00x slower)",
             "2.00 MiB",
@@ -247,11 +249,11 @@ class TestRatios:
     def test_the_quickest_tenth_is_of_all_tokens_of_all_rounds(self):
         steps = [[1.0, 3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 3.0, 3.0, 3.0, 3.0]]
         samples = [dataclasses.replace(sample(round, 3.0), steps=steps[round]) for round in range(2)]
-        assert bench.quickest_tenth(samples) == 2.0
+        assert tables.quickest_tenth(samples) == 2.0
 
     def test_what_is_faster_is_called_faster(self, finished):
         samples = {name: [sample(0, 2.0)] for name in variants.VARIANTS} | {"eager": [sample(0, 1.0)]}
-        table = rows(bench.table([dataclasses.replace(finished.result, samples=samples)]))
+        table = rows(tables.in_markdown([dataclasses.replace(finished.result, samples=samples)]))
         assert table[configuration("eager")][0] == "1.0000 (2.00x faster)"
 
 
@@ -273,7 +275,7 @@ class TestARun:
     def test_the_turns_are_those_of_the_rounds(self, finished):
         for round in range(2):
             turns = {name: samples[round].turn for name, samples in finished.result.samples.items()}
-            assert sorted(turns, key=turns.get) == bench.order_of_round(NAMES, round)
+            assert sorted(turns, key=turns.get) == running.order_of_round(NAMES, round)
 
     def test_the_file_says_on_what_it_was_measured(self, finished):
         result = finished.result
@@ -283,7 +285,7 @@ class TestARun:
         assert (result.sizes["dtype"], result.sizes["context"], result.sizes["new_tokens"]) == ("float32", 16, 4)
 
     def test_the_file_gives_the_result_back(self, finished):
-        assert bench.Result.from_json(finished.result.to_json()) == finished.result
+        assert records.Result.from_json(finished.result.to_json()) == finished.result
 
     def test_the_file_has_numbers_of_a_list_on_one_line(self, finished):
         steps = [line for line in finished.file.read_text().splitlines() if '"steps"' in line]
@@ -298,8 +300,8 @@ class TestARun:
 
     def test_runs_alike_share_a_table_and_others_do_not(self, finished):
         other = dataclasses.replace(finished.result, date="2001-02-03")
-        text = bench.table([finished.result, finished.result, other])
-        assert text.count(bench.HEADER[0]) == 2
+        text = tables.in_markdown([finished.result, finished.result, other])
+        assert text.count(tables.HEADER[0]) == 2
         assert text.count("2001-02-03") == 1
 
     def test_peak_memory_is_weights_and_more_and_not_the_other_model(self, finished):
@@ -314,28 +316,28 @@ class TestARun:
     def test_peak_memory_is_the_same_with_and_without_others_on_the_device(self, alone):
         setting = dataclasses.replace(SETTING, devices="sim:2")
         prompts = tokens()[:, :8]
-        bench._generate(alone, prompts.to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
-        one = bench.reply(setting, variants.VARIANTS[variants.ONE_GPU], alone, prompts, 0, 0)
+        running.generate(alone, prompts.to(DEVICES[0]), 1)  # GPT-J moves its table of positions, once
+        one = running.reply(setting, variants.VARIANTS[variants.ONE_GPU], alone, prompts, 0, 0)
         other = torch.empty(2**20, device="sim:0")
-        two = bench.reply(setting, variants.VARIANTS[variants.ONE_GPU], alone, prompts, 1, 0)
+        two = running.reply(setting, variants.VARIANTS[variants.ONE_GPU], alone, prompts, 1, 0)
         del other
         assert one.peak == two.peak
 
     def test_it_waits_for_the_first_token_alone(self, monkeypatch):
-        clock, waits = bench._Clock([torch.device("sim:0")]), []
-        monkeypatch.setattr(bench._Clock, "wait", lambda clock: waits.append(len(clock.times)))
+        clock, waits = running._Clock([torch.device("sim:0")]), []
+        monkeypatch.setattr(running._Clock, "wait", lambda clock: waits.append(len(clock.times)))
         for _ in range(3):
             assert clock(torch.empty(1), None) is False
         assert (waits, len(clock.times)) == ([0], 3)
 
     def test_the_bandwidth_is_of_copies_both_read_and_written(self, monkeypatch):
         ticks = itertools.count()
-        monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks) / 2)
-        assert bench.copy_bandwidth(torch.device("sim:0"), size=100, copies=3) == 2 * 100 * 3 / 0.5
+        monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(ticks) / 2)
+        assert bandwidth.copy_bandwidth(torch.device("sim:0"), size=100, copies=3) == 2 * 100 * 3 / 0.5
 
     def test_the_floor_is_what_one_token_reads(self):
         model = models.build("llama")
-        floor = bench.bandwidth_floor(SETTING, model.config, model, 1e9)
+        floor = bandwidth.bandwidth_floor(SETTING, model.config, model, 1e9)
         hidden, inner, vocabulary, layers = 64, 128, models.VOCAB_SIZE, 6
         weights = layers * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + hidden + vocabulary * hidden
         assert floor["bytes_per_token"] == 4 * (weights + 2 * layers * SETTING.context * hidden)
@@ -367,7 +369,7 @@ class TestQuantization:
 
     def test_a_file_of_before_there_was_a_choice_still_makes_a_table(self, finished):
         sizes = {key: value for key, value in finished.result.sizes.items() if key != "quantization"}
-        assert "| 32 " in bench.table([dataclasses.replace(finished.result, sizes=sizes)])
+        assert "| 32 " in tables.in_markdown([dataclasses.replace(finished.result, sizes=sizes)])
 
 
 class TestTooLittleMemory:
@@ -429,7 +431,7 @@ class TestTooLittleMemory:
         ],
     )
     def test_what_is_missing_is_read_from_cudas_message(self, message, sentence):
-        assert bench.shortage(torch.OutOfMemoryError(message)) == sentence
+        assert memory.shortage(torch.OutOfMemoryError(message)) == sentence
 
 
 class TestCheck:
@@ -449,18 +451,18 @@ class TestCheck:
         assert "2x Simulated GPU, wrong" in rows(outcome.out)
 
     def test_the_first_wrong_step_is_named(self):
-        check = bench.Check(0.01, 0.0, {"right": [0.0, 0.01], "wrong": [0.001, 0.2, 0.3]})
+        check = records.Check(0.01, 0.0, {"right": [0.0, 0.01], "wrong": [0.001, 0.2, 0.3]})
         assert check.complaints == ["wrong: the logits of step 1 are 2.0e-01 from one GPU's; 1.0e-02 is allowed."]
 
     def test_logits_that_are_no_numbers_are_wrong(self):
-        assert len(bench.Check(0.01, 0.0, {"wrong": [float("nan")]}).complaints) == 1
+        assert len(records.Check(0.01, 0.0, {"wrong": [float("nan")]}).complaints) == 1
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 0.06), ("bfloat16", 0.06)])
     def test_16_bits_may_differ_three_times_as_much_as_one_gpu_from_itself(self, monkeypatch, dtype, tolerance):
         logits = iter([[torch.tensor([100.0])], [torch.tensor([102.0])], [torch.tensor([101.0])]])
-        monkeypatch.setattr(bench, "forced_logits", lambda *args: next(logits))
+        monkeypatch.setattr(running, "forced_logits", lambda *args: next(logits))
         setting = dataclasses.replace(SETTING, dtype=dtype, variants=(variants.ONE_GPU, "eager"))
-        check = bench.check(setting, dict.fromkeys(setting.variants), torch.empty(0), bench.Failures())
+        check = running.check(setting, dict.fromkeys(setting.variants), torch.empty(0), memory.Failures())
         assert (check.itself, check.differences) == (0.02, {"eager": [0.01]})
         assert check.tolerance == pytest.approx(tolerance)
 
@@ -468,15 +470,15 @@ class TestCheck:
 class TestWriting:
     def test_what_stands_between_the_markers_is_replaced_and_nothing_else(self, finished, tmp_path):
         readme = tmp_path / "README.md"
-        readme.write_bytes(f"# A\r\n\nbefore {bench.BEGIN}old\nold{bench.END}\nafter ü\n".encode())
+        readme.write_bytes(f"# A\r\n\nbefore {tables.BEGIN}old\nold{tables.END}\nafter ü\n".encode())
         outcome = run("--table", str(finished.file), "--write", str(readme))
         assert outcome.status == 0
         table = outcome.out.rstrip("\n")
-        assert readme.read_bytes().decode() == (f"# A\r\n\nbefore {bench.BEGIN}\n{table}\n{bench.END}\nafter ü\n")
+        assert readme.read_bytes().decode() == (f"# A\r\n\nbefore {tables.BEGIN}\n{table}\n{tables.END}\nafter ü\n")
 
     def test_writing_again_changes_nothing(self, finished, tmp_path):
         readme = tmp_path / "README.md"
-        readme.write_text(f"{bench.BEGIN}\n{bench.END}\n")
+        readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
         contents = []
         for _ in range(2):
             run("--table", str(finished.file), "--write", str(readme))
@@ -484,13 +486,14 @@ class TestWriting:
         assert contents[0] == contents[1]
 
     @pytest.mark.parametrize(
-        "content", ["", bench.BEGIN, bench.END + bench.BEGIN, f"{bench.BEGIN}{bench.END}{bench.BEGIN}{bench.END}"]
+        "content",
+        ["", tables.BEGIN, tables.END + tables.BEGIN, f"{tables.BEGIN}{tables.END}{tables.BEGIN}{tables.END}"],
     )
     def test_a_file_without_a_place_for_it_stays_as_it_is(self, content, tmp_path):
         readme = tmp_path / "README.md"
         readme.write_text(content)
         with pytest.raises(SystemExit, match="bench: begin"):
-            bench.write_between_markers(readme, "table")
+            tables.write_between_markers(readme, "table")
         assert readme.read_text() == content
 
 
@@ -517,14 +520,14 @@ class TestOptions:
     )
     def test_what_cannot_be_is_told(self, arguments, sentence, capsys):
         with pytest.raises(SystemExit) as exit:
-            bench.main(arguments)
+            command.main(arguments)
         assert exit.value.code == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.skipif(models.available("llama-gqa"), reason="this stack has the model")
     def test_a_model_of_a_later_stack_is_told_so(self, capsys):
         with pytest.raises(SystemExit):
-            bench.main(["--devices", "sim:2", "--size", "llama-70b-shape"])
+            command.main(["--devices", "sim:2", "--size", "llama-70b-shape"])
         assert "a newer one does" in capsys.readouterr().err
 
     def test_gpus_are_numbers_as_in_an_automatic_device_map(self):

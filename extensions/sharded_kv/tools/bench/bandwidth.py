@@ -1,0 +1,46 @@
+"""The least that one token can take: what the bandwidth of a GPU's memory allows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ...engine import vram
+from .. import quantized
+from .memory import size_of
+from .records import Setting, microseconds
+
+
+def bandwidth_floor(setting: Setting, config: Any, model: Any, bandwidth: float) -> dict[str, float]:
+    """The least that one token takes: its weights and cache are read once, by one GPU after the other.
+
+    As gpt-fast counts it. For models all of whose layers keep the whole context.
+
+    Returns:
+        bytes_per_second, read and written, of copies within a GPU's memory; bytes_per_token, of the weights (of the
+        embedding one row is read) and of the cache of the whole context; seconds_per_token, one by the other.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    read = size_of(weight for weight in quantized.weights(model) if weight is not embedding or weight is head)
+    heads = config.num_attention_heads
+    width = config.hidden_size // heads * (getattr(config, "num_key_value_heads", None) or heads)
+    cache = 2 * config.num_hidden_layers * setting.batch * setting.context * width * embedding.element_size()
+    seconds = microseconds((read + cache) / bandwidth)
+    return {"bytes_per_second": round(bandwidth), "bytes_per_token": read + cache, "seconds_per_token": seconds}
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**28, copies: int = 20) -> float:
+    """Bytes per second that a device reads and writes when it copies within its memory: the best of three trials."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    trials = []
+    for _ in range(4):  # the first warms up
+        vram.runtime(device).synchronize(device)
+        began = time.perf_counter()
+        for _ in range(copies):
+            target.copy_(source)
+        vram.runtime(device).synchronize(device)
+        trials.append(time.perf_counter() - began)
+    return 2 * size * copies / min(trials[1:])
