@@ -102,7 +102,7 @@ def _total(per_pair: Mapping[Pair, int], *, host: bool) -> int:
 
 
 class _Counter:
-    """_Counts copies, reads and switches from all threads."""
+    """Counts copies, reads and switches from all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
