@@ -16,6 +16,11 @@ from ...engine import vram
 from .. import quantized
 from .variants import ONE_GPU
 
+_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
+# "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. ..."; up to torch 2.1
+# "Tried to allocate 20.00 MiB (GPU 0; 23.69 GiB total capacity; 22.99 GiB already allocated; 14.06 MiB free; ..."
+_OUT_OF_MEMORY = re.compile(r"Tried to allocate ([\d.]+) (\w+).*?GPU (\d+).*?([\d.]+) (\w+) (?:is )?free", re.DOTALL)
+
 
 class Failures(dict[str, str]):
     """For each variant that did not have enough memory, what was missing."""
@@ -34,12 +39,6 @@ class Failures(dict[str, str]):
             f"{', '.join(names)}: out of memory, {missing}. {advice} ({ONE_GPU} has a model of its own).", sys.stderr
         )
         return None
-
-
-_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
-# "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. ..."; up to torch 2.1
-# "Tried to allocate 20.00 MiB (GPU 0; 23.69 GiB total capacity; 22.99 GiB already allocated; 14.06 MiB free; ..."
-_OUT_OF_MEMORY = re.compile(r"Tried to allocate ([\d.]+) (\w+).*?GPU (\d+).*?([\d.]+) (\w+) (?:is )?free", re.DOTALL)
 
 
 def shortage(error: Exception) -> str:
