@@ -44,6 +44,7 @@ class Line:
         outcome: the counts or a remark, in words.
         seconds: how long it took.
         counts: what it adds to the totals.
+        failures: for each failed test its name and the end of what pytest says of it.
     """
 
     name: str
@@ -51,18 +52,18 @@ class Line:
     outcome: str
     seconds: int
     counts: Counts
+    failures: tuple[str, ...] = ()
 
 
 def main() -> int:
     """Prints the summary of a results folder; the exit status is 1 if anything failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="the folder with steps.tsv and each stack's junit XML")
-    results = parser.parse_args().results
-    lines = read_lines(results)
+    lines = read_lines(parser.parse_args().results)
     totals = sum((line.counts for line in lines), Counts())
-    for junit in sorted(results.glob("*.xml")):
-        for failure in failures(junit):
-            print(f"\n{junit.stem}: {failure}")
+    for line in lines:
+        for failure in line.failures:
+            print(f"\n{line.name}: {failure}")
     print()
     print(*layout(lines), sep="\n")
     print(totals)
@@ -83,16 +84,11 @@ def layout(lines: Iterable[Line]) -> list[str]:
     return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def count_tests(junit: Path) -> Counts:
-    """The tests in a junit XML file. Errors (in a fixture, in collecting) count as failures; xfail counts as skipped.
-
-    Raises:
-        FileNotFoundError: pytest ended before it could write the file.
-        xml.etree.ElementTree.ParseError: it ended while writing it.
-    """
+def count_tests(cases: Iterable[ElementTree.Element]) -> Counts:
+    """Test cases by how they ended. Errors (in a fixture, in collecting) count as failures; xfail counts as skipped."""
     counts = Counts()
-    for case in ElementTree.parse(junit).iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
+    for case in cases:
+        if _complaints(case):
             counts += Counts(failed=1)
         elif case.find("skipped") is not None:
             counts += Counts(skipped=1)
@@ -101,16 +97,15 @@ def count_tests(junit: Path) -> Counts:
     return counts
 
 
-def failures(junit: Path) -> Iterator[str]:
-    """The name of each failed test in a junit XML file, and the end of what pytest says of it. None if cut off."""
-    try:
-        cases = list(ElementTree.parse(junit).iter("testcase"))
-    except ElementTree.ParseError:
-        return
+def _complaints(case: ElementTree.Element) -> list[ElementTree.Element]:
+    return [*case.iter("failure"), *case.iter("error")]
+
+
+def _failures(cases: Iterable[ElementTree.Element]) -> Iterator[str]:
     for case in cases:
-        for found in [*case.iter("failure"), *case.iter("error")]:
-            said = (found.text or found.get("message", "")).rstrip().splitlines()[-LAST_LINES:]
-            yield "\n".join([f"{case.get('classname', '')}::{case.get('name')} {found.tag}", *said])
+        for complaint in _complaints(case):
+            said = (complaint.text or complaint.get("message", "")).rstrip().splitlines()[-LAST_LINES:]
+            yield "\n".join([f"{case.get('classname', '')}::{case.get('name')} {complaint.tag}", *said])
 
 
 def _line(results: Path, kind: str, name: str, seconds: str, status: str) -> Line:
@@ -130,15 +125,16 @@ def _line(results: Path, kind: str, name: str, seconds: str, status: str) -> Lin
 
 def _suite_line(results: Path, name: str, seconds: int, status: int) -> Line:
     try:
-        counts = count_tests(results / f"{name}.xml")
-    except (FileNotFoundError, ElementTree.ParseError):
+        cases = list(ElementTree.parse(results / f"{name}.xml").iter("testcase"))
+    except (FileNotFoundError, ElementTree.ParseError):  # pytest ended before it could write the file, or meanwhile
         return Line(name, _versions(name), f"failed: pytest ended with {status}", seconds, Counts(failed=1))
+    counts = count_tests(cases)
     outcome = ", ".join(f"{n} {word}" for word, n in vars(counts).items() if n) or "no tests"
     if counts.passed + counts.failed == 0:
         counts, outcome = counts + Counts(failed=1), f"failed: ran 0 tests ({outcome})"
     elif status != 0 and counts.failed == 0:
         counts, outcome = counts + Counts(failed=1), f"{outcome}, but pytest ended with {status}"
-    return Line(name, _versions(name), outcome, seconds, counts)
+    return Line(name, _versions(name), outcome, seconds, counts, tuple(_failures(cases)))
 
 
 def _coverage_line(results: Path, seconds: int) -> Line:
