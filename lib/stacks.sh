@@ -13,7 +13,7 @@ demo() { # DEMO_OPTION...
   for stack in now 2024 2023; do # The newest that runs here: `now` needs Python 3.11 or newer.
     if python="$(find_python "$stack")"; then
       ensure_stack "$stack" "$python" || exit 1
-      exec "$(venv_python "$stack")" -m extensions.sharded_kv.tools.demo "$@"
+      exec "$(venv_python "$stack")" -m tools.demo "$@"
     fi
   done
   fail "The demo $(why_no_python now)"

@@ -13,7 +13,7 @@ import transformers
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
-from extensions.sharded_kv.tools import models, quantized
+from tools import models, quantized
 
 
 def spread_over(family: str, places: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from extensions.sharded_kv.engine.transfers import tensors_in
-from extensions.sharded_kv.tools import models, simulated, traffic
+from tools import models, simulated, traffic
 
 PAD, BOS, EOS = models.PAD_ID, models.BOS_ID, models.EOS_ID
 

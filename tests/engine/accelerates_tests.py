@@ -17,7 +17,7 @@ from accelerate import big_modeling, test_utils
 from accelerate.test_utils import testing
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import simulated
+from tools import simulated
 
 DEVICES = 4
 # What accelerate's decorators ask of the machine, by the names that they have in any of the stacks' versions.

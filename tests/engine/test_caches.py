@@ -17,8 +17,8 @@ from torch import Tensor
 
 from extensions.sharded_kv.engine import caches
 from extensions.sharded_kv.engine.caches import Buffers
-from extensions.sharded_kv.tools import simulated
 from tests import support
+from tools import simulated
 
 DynamicCache: Any = getattr(transformers, "DynamicCache", None)
 if DynamicCache is None:

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import between_gpus, total
 from tests import support
+from tools import models
+from tools.traffic import between_gpus, total
 
 
 def load(family: str, folder: Path, places: list[str]) -> Any:

@@ -10,8 +10,8 @@ import transformers
 from packaging.version import Version
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import models
 from tests import support
+from tools import models
 
 # (family, number of devices): the two that come first in everything on all numbers of devices, the others once.
 CASES = [(name, count) for name in ("llama", "llama-gqa", "gptj") for count in (2, 3, 4)] + [

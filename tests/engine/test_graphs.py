@@ -20,9 +20,9 @@ from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import Sharding, shard
 from extensions.sharded_kv.engine import caches, graphs, tape
-from extensions.sharded_kv.tools import models, simulated
-from extensions.sharded_kv.tools.traffic import total
 from tests import support
+from tools import models, simulated
+from tools.traffic import total
 
 VERSION = Version(transformers.__version__)
 # Which of them keep their caches in DynamicCache objects and use no Python numbers that grow with the reply.

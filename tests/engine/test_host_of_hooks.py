@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import models
 from tests import support
+from tools import models
 
 
 class Plain(nn.Module):

@@ -11,9 +11,9 @@ import pytest
 from extensions.sharded_kv import Sharding, shard
 from extensions.sharded_kv.engine import measure
 from extensions.sharded_kv.engine.transfers import Forward
-from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import total
 from tests import support
+from tools import models
+from tools.traffic import total
 
 TOKENS = 6
 

@@ -16,8 +16,8 @@ from packaging.version import Version
 from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import models, simulated
 from tests import support
+from tools import models, simulated
 
 VERSION = Version(transformers.__version__)
 MODES = ("eager", "graph") if Version("4.44") <= VERSION else ("eager",)

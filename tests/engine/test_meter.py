@@ -17,9 +17,9 @@ from transformers import StoppingCriteriaList
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine import vram
 from extensions.sharded_kv.engine.meter import Figures, _Reply
-from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import total
 from tests import support
+from tools import models
+from tools.traffic import total
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch import nn
 
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine.placement import Placement, read_placement
-from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import between_gpus, total
 from tests import support
+from tools import models
+from tools.traffic import between_gpus, total
 
 
 def devices_of(placement: Placement) -> list[str]:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import between_gpus
 from tests import support
 from tests.loaders import auto_gptq, bitsandbytes_4bit, bitsandbytes_8bit, gptq_config, gptqmodel, spread_over
+from tools import models
+from tools.traffic import between_gpus
 
 Load = Callable[[str, Path, dict[str, Any]], Any]
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine.meter import bytes_by_device
 from extensions.sharded_kv.engine.transfers import Forward
-from extensions.sharded_kv.tools import models, simulated
 from tests import support
+from tools import models, simulated
 
 IS_NEWEST = Version("5") <= Version(transformers.__version__)
 # How many of each family: over a thousand on the three stacks together, most where a case takes least. T5 takes twice

@@ -22,8 +22,8 @@ from torch import nn
 from extensions.sharded_kv import Sharding, shard
 from extensions.sharded_kv.engine.swaps import Installation, Installed
 from extensions.sharded_kv.engine.transfers import Forward
-from extensions.sharded_kv.tools import models
 from tests import support
+from tools import models
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_out_of_memory_on_the_second_device_leaves_the_next_reply_right(
 ) -> None:
     if devices.kind != "sim":
         pytest.skip("capacities are set on simulated devices")
-    from extensions.sharded_kv.tools import simulated
+    from tools import simulated
 
     shard(model)
     simulated.set_capacity(1, simulated.allocated(1) + 64)

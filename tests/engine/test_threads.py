@@ -17,8 +17,8 @@ from packaging.version import Version
 from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.tools import models
 from tests import support
+from tools import models
 
 # On the newest stack, of which a switch takes less than half as long.
 SWITCHES = 10_000 if Version("5") <= Version(transformers.__version__) else 2_000

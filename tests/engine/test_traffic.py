@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.tools import models
-from extensions.sharded_kv.tools.traffic import between_gpus
 from tests import support
+from tools import models
+from tools.traffic import between_gpus
 
 FAMILIES = (
     "llama",

@@ -12,8 +12,8 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.tools import models
 from tests import support
+from tools import models
 
 
 @pytest.fixture

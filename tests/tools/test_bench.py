@@ -19,9 +19,9 @@ import pytest
 import torch
 import transformers
 
-from extensions.sharded_kv.tools import models, quantized, simulated, traffic
-from extensions.sharded_kv.tools.bench import __main__ as command
-from extensions.sharded_kv.tools.bench import bandwidth, building, memory, records, running, tables, variants
+from tools import models, quantized, simulated, traffic
+from tools.bench import __main__ as command
+from tools.bench import bandwidth, building, memory, records, running, tables, variants
 
 DEVICES = ("sim:0", "sim:1")
 SETTING = records.Setting("llama", None, "float32", None, "sim:2", 24, 6, 1, 1, tuple(variants.VARIANTS))

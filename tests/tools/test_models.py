@@ -8,7 +8,7 @@ from accelerate.utils.modeling import check_device_map
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from extensions.sharded_kv.tools import models
+from tools import models
 
 TEXT = "Hello,  world!\n  x = {1}; # 100% of ~it\tstays"
 PROMPT = torch.arange(20, 40)[None]  # longer than the sliding window

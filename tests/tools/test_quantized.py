@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from extensions.sharded_kv.tools import models, quantized, simulated
+from tools import models, quantized, simulated
 
 GROUP = 32
 has_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes here")

@@ -18,7 +18,7 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from extensions.sharded_kv.tools import simulated
+from tools import simulated
 
 CPU, SIM0, SIM1, SIM2 = "cpu", "sim:0", "sim:1", "sim:2"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from extensions.sharded_kv.tools import simulated
+from tools import simulated
 
 SIM0, SIM1 = "sim:0", "sim:1"
 MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

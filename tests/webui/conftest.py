@@ -14,10 +14,10 @@ import pytest
 
 from extensions.sharded_kv import webui as package
 from extensions.sharded_kv.engine.swaps import Installed
-from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.webui.extension import Extension
 from tests import support
 from tests.webui import hosts
+from tools import models
 
 
 @pytest.fixture

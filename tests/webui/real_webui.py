@@ -10,27 +10,15 @@ reply has moved between GPUs.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
 import runpy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-TOOLS = Path(__file__).resolve().parents[2] / "extensions" / "sharded_kv" / "tools"
+from hosts import tools
+
 DEVICES = ("sim:0", "sim:1")
-
-
-def tools(name: str) -> Any:
-    """A module of ours under another name: whether the extension loads by itself is what the tests are about."""
-    if "tools_of_the_tests" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "tools_of_the_tests", TOOLS / "__init__.py", submodule_search_locations=[str(TOOLS)]
-        )
-        sys.modules["tools_of_the_tests"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"tools_of_the_tests.{name}")
 
 
 def spreading(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ def may_2023(root: Path) -> Facts:
     webui = opened(hosts.MAY_2023, root)
     webui.start(interface=False)
     script = webui.scripts["sharded_kv"]
-    model = loaded(webui, "sharded_kv")
+    model = loaded(webui)
     facts = {"script": script.__name__, "loaded": seen(webui, model)}
     webui.restart(ticked=[], interface=False)
     facts["unticked"] = seen(webui, model)
@@ -45,7 +45,7 @@ def another_name(root: Path) -> Facts:
     webui = opened(hosts.V2, root, ticked=["my_kv"], settings={"my_kv-activate": False})
     webui.start(interface=False)
     script = webui.scripts["my_kv"]
-    model = loaded(webui, "my_kv")
+    model = loaded(webui)
     facts = {"script": script.__name__, "params": dict(script.params), "loaded": seen(webui, model)}
     webui.restart(ticked=["sharded_kv"], interface=False)
     facts["unticked"] = seen(webui, model)
@@ -59,7 +59,7 @@ def v4(root: Path) -> Facts:
     for _ in range(3):
         webui.restart(interface=False)
         scripts.append(webui.scripts["sharded_kv"])
-    model = loaded(webui, "sharded_kv")
+    model = loaded(webui)
     return {
         "script": scripts[0].__name__,
         "package": scripts[0].__package__,
@@ -76,7 +76,7 @@ def headless(root: Path) -> Facts:
     shard = headless_shard()
     webui = opened(hosts.V4, root)
     webui.start(interface=False)
-    model = loaded(webui, "sharded_kv")
+    model = loaded(webui)
     facts = {"loaded": seen(webui, model)}
     webui.load(Server())
     return {
@@ -129,12 +129,12 @@ def opened(version: hosts.Version, root: Path, **options: Any) -> hosts.Webui:
     return webui
 
 
-def loaded(webui: hosts.Webui, name: str) -> Any:
+def loaded(webui: hosts.Webui) -> Any:
     """A tiny model, spread over two simulated GPUs, once the webui has loaded it."""
     from accelerate import dispatch_model
 
-    importlib.import_module(f"extensions.{name}.tools.simulated").start(2)
-    models = importlib.import_module(f"extensions.{name}.tools.models")
+    hosts.tools("simulated").start(2)
+    models = hosts.tools("models")
     model = models.build("llama")
     model = dispatch_model(model, models.device_map(model, ["sim:0", "sim:1"]), main_device="sim:0")
     webui.load(model)

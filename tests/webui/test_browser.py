@@ -38,7 +38,7 @@ class Demo:
         self.lines: list[str] = []
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "extensions.sharded_kv.tools.demo", "--tokens", "4", "--port", str(self.port)],
+            [sys.executable, "-m", "tools.demo", "--tokens", "4", "--port", str(self.port)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

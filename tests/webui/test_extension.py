@@ -21,13 +21,13 @@ from extensions.sharded_kv.engine.meter import Meter
 from extensions.sharded_kv.engine.sharding import Sharding
 from extensions.sharded_kv.engine.swaps import Swap
 from extensions.sharded_kv.engine.transfers import Forward
-from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.webui import extension as extension_module
 from extensions.sharded_kv.webui import host as host_module
 from extensions.sharded_kv.webui import settings
 from extensions.sharded_kv.webui.watch import watch
 from tests import loaders, support
 from tests.webui import hosts
+from tools import models
 
 Build = Callable[..., Any]
 IsOurs = Callable[[Any], bool]

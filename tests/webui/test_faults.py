@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from extensions.sharded_kv.engine import caches, graphs, measure, meter, observer, transfers, vram
-from extensions.sharded_kv.tools import models
 from extensions.sharded_kv.webui import host, measuring, settings
 from tests import support
 from tests.webui import hosts
+from tools import models
 
 
 class Broken(Exception):

@@ -29,7 +29,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from extensions.sharded_kv.tools import models
+from tools import models
 
 WEBUI = Path(os.environ.get("WEBUI_DIR") or "/nowhere").absolute()
 PYTHON = os.environ.get("WEBUI_PYTHON") or WEBUI / "installer_files" / "env" / "bin" / "python"

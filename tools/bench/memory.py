@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...engine import vram
+from extensions.sharded_kv.engine import vram
+
 from .. import quantized
 from .variants import ONE_GPU
 

@@ -33,7 +33,7 @@ def serve(model: Any, tokenizer: Any, name: str, port: int, remark: str) -> None
         remark: a sentence for the top of the page, or "".
     """
     host = _stand_in(tokenizer, name)
-    from .. import script
+    from extensions.sharded_kv import script
 
     script.setup()
     host.model = model

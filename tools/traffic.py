@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..engine import observer
+from extensions.sharded_kv.engine import observer
+
 from . import simulated
 
 Pair = tuple[str, str]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...engine import vram
+from extensions.sharded_kv.engine import vram
+
 from .. import quantized
 from .memory import size_of
 from .records import Setting, microseconds

@@ -22,7 +22,8 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from ...engine import vram
+from extensions.sharded_kv.engine import vram
+
 from .. import quantized
 from .bandwidth import bandwidth_floor, copy_bandwidth
 from .building import build

@@ -1,7 +1,7 @@
 """The demo: a tiny model from a checkpoint on disk, spread over two GPUs, replying with sharding off and on; then the
 panel on a page of its own.
 
-`python -m extensions.sharded_kv.tools.demo` runs it over the machine's GPUs if there are two, over two simulated ones
+`python -m tools.demo` runs it over the machine's GPUs if there are two, over two simulated ones
 otherwise.
 """
 
@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from .. import Sharding, shard
-from ..engine.measure import Comparison, measure
+from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine.measure import Comparison, measure
+
 from . import models, simulated
 
 PROMPT = "The cache of a layer stays on the device of the layer, and"

@@ -1,6 +1,6 @@
 """The benchmark: the table of accelerate issue 1394, measured on this machine.
 
-`python -m extensions.sharded_kv.tools.bench` compares one GPU, several GPUs as accelerate runs them, the issue's own
+`python -m tools.bench` compares one GPU, several GPUs as accelerate runs them, the issue's own
 patch and sharded_kv: seconds/token, first token and peak VRAM, of models of real size with random weights. All variants
 reply by turns in one process, so that what else the machine does falls on all alike, and ratios are taken within each
 round. `--json FILE` keeps every sample; `--table FILE ... --write README.md` makes the README's table of such files.
@@ -120,7 +120,7 @@ def _setting(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Se
 
 
 def _parser() -> argparse.ArgumentParser:
-    command = "python -m extensions.sharded_kv.tools.bench"
+    command = "python -m tools.bench"
     parser = argparse.ArgumentParser(prog=command, description=__doc__.split("\n")[0])
     sizes = [*models.REAL_SIZES, *(name for name, family in models.FAMILIES.items() if not family.is_encoder_decoder)]
     parser.add_argument(

@@ -16,9 +16,10 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils.operations import find_device, send_to_device
 from torch import Tensor, nn
 
-from ... import shard
-from ...engine import vram
-from ...engine.placement import CACHE_NAME, align_hooks, read_placement
+from extensions.sharded_kv import shard
+from extensions.sharded_kv.engine import vram
+from extensions.sharded_kv.engine.placement import CACHE_NAME, align_hooks, read_placement
+
 from .. import quantized
 
 ONE_GPU = "one-gpu"
