@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Puts the extension into a webui; sets up the demo and the tests, in environments under .venv/, and runs them.
+# Puts the extension into a webui, by install.py; sets up the demo and the tests, in environments under .venv/, and runs
+# them.
 set -euo pipefail
 
-CALLED_FROM="$PWD"
 ROOT="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
 usage() {
@@ -27,17 +27,36 @@ TEXT
 }
 
 main() {
-  cd -- "$ROOT"
   local action="${1:-}"
   [[ $# -eq 0 ]] || shift
   [[ -z "${PYTHON:-}" ]] || version_of "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a Python that runs." 2
   case "$action" in
-    --demo) demo "$@" ;;
-    --test) run_tests "$@" ;;
+    --demo) cd -- "$ROOT" && demo "$@" ;;
+    --test) cd -- "$ROOT" && run_tests "$@" ;;
     --help | -h) usage ;;
     "") usage >&2 && exit 2 ;;
     *) webui "$action" "$@" ;;
   esac
+}
+
+webui() { # WEBUI [OPTION...]
+  local argument python
+  for argument in "$@"; do
+    [[ "$argument" != --help && "$argument" != -h ]] || { usage && exit; }
+  done
+  python="$(python_for_installer "$@")" || fail "install.sh needs Python 3.8 or newer, which this machine does not have."
+  exec "$python" -I "$ROOT/install.py" "$@"
+}
+
+python_for_installer() { # WEBUI [OPTION...]: prints the first Python that install.py runs on, if need be the webui's own
+  local candidate
+  while IFS= read -r candidate; do
+    if "$candidate" -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+      printf '%s' "$candidate"
+      return
+    fi
+  done < <(pythons_here && printf '%s/installer_files/env/bin/python\n' "$@")
+  return 1
 }
 
 fail() { # MESSAGE [EXIT_STATUS]
@@ -45,8 +64,6 @@ fail() { # MESSAGE [EXIT_STATUS]
   exit "${2:-1}"
 }
 
-# shellcheck source=lib/webui.sh
-source "$ROOT/lib/webui.sh"
 # shellcheck source=lib/stacks.sh
 source "$ROOT/lib/stacks.sh"
 main "$@"
