@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine.measure import Comparison, measure
+from extensions.sharded_kv.engine.metering import compare as comparing
+from extensions.sharded_kv.engine.metering.compare import Comparison
 
 from . import models, simulated
 
@@ -85,7 +86,7 @@ def compare(model: Any, sharding: Sharding, inputs: Any, tokens: int) -> Compari
             bar.total = of
             bar.update(done - bar.n)
 
-        return measure(model, sharding, inputs, tokens=tokens, progress=progress)
+        return comparing.compare(model, sharding, inputs, tokens=tokens, progress=progress)
 
 
 def table(comparison: Comparison, sharding: Sharding) -> str:

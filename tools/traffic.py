@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
-from extensions.sharded_kv.engine import observer
+from extensions.sharded_kv.engine.metering import copies
 
 from . import simulated
 
@@ -31,13 +31,13 @@ def record(kind: str) -> Iterator[Traffic]:
         kind: "sim", or the type of real devices ("cuda"). On real ones each operator costs some microseconds more
             while it counts: do not take the time in the same run.
     """
-    with simulated.record() if kind == "sim" else observer.Observer() as traffic:
+    with simulated.record() if kind == "sim" else copies.Observer() as traffic:
         yield traffic
 
 
 def between_gpus(counts: dict[Pair, int]) -> dict[Pair, int]:
     """Counts without what came from or went to the host."""
-    return {pair: n for pair, n in counts.items() if n and observer.between_gpus(pair)}
+    return {pair: n for pair, n in counts.items() if n and copies.between_gpus(pair)}
 
 
 def total(counts: dict[Pair, int]) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
+import itertools
 import logging
 import re
 import threading
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine import caches, graphs, tape
+from extensions.sharded_kv.engine.compat import own_cache_class
+from extensions.sharded_kv.engine.graphs import capture, decode, eligible, runner
 from tests import support
 from tools import models, simulated
 from tools.traffic import total
@@ -63,16 +66,16 @@ def sharding(model: Any) -> Sharding:
 
 
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[tape.Capture]:
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[capture.Capture]:
     """Every capture that is begun."""
-    begun: list[tape.Capture] = []
+    begun: list[capture.Capture] = []
 
-    class Capture(tape.Capture):
+    class Capture(capture.Capture):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             begun.append(self)
 
-    monkeypatch.setattr(graphs, "Capture", Capture)
+    monkeypatch.setattr(decode, "Capture", Capture)
     return begun
 
 
@@ -130,17 +133,17 @@ def test_logits_of_given_tokens_are_those_of_eager_mode(devices: support.Devices
     logits = {}
     for mode in ("eager", "graph"):
         sharding.mode = mode
-        logits[mode] = steps(model, tokens, prompt=8)
+        logits[mode] = steps(model, tokens, sharding.new_cache(), prompt=8)
     assert sharding.reason_for_eager == ""
     assert len(logits["graph"]) == 128
     for ours, theirs in zip(logits["graph"], logits["eager"], strict=True):
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
 
 
-def steps(model: Any, tokens: Tensor, prompt: int) -> list[Tensor]:
+def steps(model: Any, tokens: Tensor, cache: Any, prompt: int) -> list[Tensor]:
     """The logits of each token after the prompt, given one at a time with nothing else than the cache."""
     with torch.no_grad():
-        cache = model(tokens[:, :prompt], past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
+        cache = model(tokens[:, :prompt], past_key_values=cache, use_cache=True).past_key_values
         logits = []
         for index in range(prompt, tokens.shape[1]):
             out = model(tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
@@ -176,6 +179,51 @@ def test_it_works_in_inference_mode_and_after_it(model: Any, sharding: Sharding,
     assert sharding.reason_for_eager == ""
 
 
+class Loop:
+    """A generate() of the model's own, as in code that comes with a checkpoint: it makes a cache and keeps it."""
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, stopping_criteria: Any = None) -> Tensor:
+        cache: Any = transformers.DynamicCache()
+        tokens = input_ids
+        with torch.no_grad():
+            for _ in range(max_new_tokens):
+                logits = self(input_ids=tokens, past_key_values=cache, use_cache=True).logits  # type: ignore[operator]
+                tokens = logits[:, -1:].argmax(-1)
+                input_ids = torch.cat([input_ids, tokens], 1)
+        return input_ids
+
+
+@needs_graphs
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_cache_that_a_loop_of_the_models_own_keeps_is_filled(model: Any, places: list[str], mode: str) -> None:
+    model.__class__ = type("Own", (Loop, type(model)), {})
+    ids = support.prompts(1)["input_ids"].to(places[0])
+    expected = model.generate(ids, max_new_tokens=12).tolist()
+    sharding = shard(model)
+    sharding.mode = mode
+    assert model.generate(ids, max_new_tokens=12).tolist() == expected
+
+
+@needs_graphs
+def test_a_cache_that_is_replaced_while_graphs_wait_takes_no_old_buffers_along(
+    model: Any, sharding: Sharding, devices: support.Devices, places: list[str]
+) -> None:
+    """A reply without graphs outgrows the buffers of the reply before."""
+    held = []
+    for tokens in (20, 600):
+        size: list[int] = []
+        look = StoppingCriteriaList([lambda *_, size=size, **__: bool(size.append(allocated(devices, places)))])
+        options = {"output_hidden_states": True} if tokens == 600 else {}
+        reply(model, places[0], tokens=tokens, stopping_criteria=look, **options)
+        held.append(size[-1])
+    sharding.mode = "eager"
+    sharding.mode = "graph"
+    size = []
+    look = StoppingCriteriaList([lambda *_, size=size, **__: bool(size.append(allocated(devices, places)))])
+    reply(model, places[0], tokens=600, output_hidden_states=True, stopping_criteria=look)
+    assert held[1] == size[-1]
+
+
 # --- buffers and graphs -----------------------------------------------------------------------------------------------
 
 
@@ -191,23 +239,61 @@ def test_the_next_reply_finds_graphs_and_buffers(
 
 @needs_graphs
 def test_a_reply_that_outgrows_its_room_is_captured_again_and_loses_no_token(
-    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("extensions.sharded_kv.engine.kv.buffer._MOST_AHEAD", 128)
     assert reply(model, places[0], tokens=300).tolist() == right(tokens=300)
     assert sharding.reason_for_eager == ""
     assert len(captures) == 2
 
 
 @needs_graphs
-def test_a_step_copies_nothing_out_of_the_buffers(
-    model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_reply_that_says_how_long_it_gets_is_captured_once(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise AssertionError("the cache was copied")
-
-    monkeypatch.setattr(caches.Buffers, "filled", fail)
-    assert reply(model, places[0]).tolist() == right()
+    assert reply(model, places[0], tokens=300).tolist() == right(tokens=300)
     assert sharding.reason_for_eager == ""
+    assert len(captures) == 1
+
+
+@needs_graphs
+def test_making_room_takes_one_buffer_more_and_not_a_second_cache(
+    model: Any, sharding: Sharding, devices: support.Devices, places: list[str]
+) -> None:
+    if devices.kind != "sim":
+        pytest.skip("peaks are exact on simulated devices")
+    layers, heads, tokens = 2, model.config.num_key_value_heads, 500
+    peaks = {}
+    for mode in ("eager", "graph"):
+        sharding.mode = mode
+        gc.collect()
+        simulated.reset_peak()
+        before = simulated.allocated(1)
+        asked = itertools.count()
+        # The prompt, and the token with which room is made.
+        stop = StoppingCriteriaList([lambda *_, asked=asked, **__: next(asked) == 1])
+        reply(model, places[0], tokens=8, length=tokens, stopping_criteria=stop)
+        peaks[mode] = simulated.peak(1) - before
+    of_a_buffer = heads * 16 * 4
+    room_ahead = layers * 2 * (256 * 2 - tokens) * of_a_buffer
+    assert peaks["graph"] <= peaks["eager"] + room_ahead + tokens * of_a_buffer
+
+
+@needs_graphs
+def test_a_reply_leaves_its_buffers_where_they_are(model: Any, sharding: Sharding, places: list[str]) -> None:
+    seen = set()
+    asked = itertools.count()
+
+    def look(*_: Any, **__: Any) -> bool:
+        if next(asked) == 0:  # room ahead is made with the first token after the prompt
+            return False
+        (cache,) = (each for each in gc.get_objects() if type(each).__name__ == "KVCache")
+        seen.add(tuple(buffer.tensor.data_ptr() for buffer in cache.buffers()))
+        return False
+
+    assert reply(model, places[0], stopping_criteria=StoppingCriteriaList([look])).tolist() == right()
+    assert sharding.reason_for_eager == ""
+    assert len(seen) == 1
 
 
 @needs_graphs
@@ -228,21 +314,22 @@ def test_of_steps_called_in_ever_new_ways_the_latest_few_keep_their_graphs(
 
     def logits() -> list[Tensor]:
         tokens = support.prompts(1)["input_ids"].to(places[0])
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
+        cache = model(input_ids=tokens, past_key_values=sharding.new_cache(), use_cache=True).past_key_values
         out = []
         for step in range(24):  # three in each of eight ways: watched, captured, replayed
             mask = torch.ones(1, tokens.shape[1] + step + 1, dtype=torch.int64, device=places[0])
             call = {"past_key_values": cache, "attention_mask": mask, "logits_to_keep": 1 + step // 3}
             positions = torch.full((1, 1), tokens.shape[1] + step, device=places[0])
             out.append(model(input_ids=tokens[:, :1], position_ids=positions, use_cache=True, **call).logits.cpu())
+        kinds.append(0 if cache.graphs is None else len(cache.graphs._steps))
         return out
+
+    kinds: list[int] = []
 
     with torch.no_grad():
         replayed = logits()
         assert len(captures) == 8
-        (of_model,) = sharding._runtime.graphs.values()
-        assert of_model._held is not None
-        assert len(of_model._held._steps) == graphs._MOST_LOOKS
+        assert kinds == [runner._MOST_KINDS]
         sharding.disable()
         assert all(torch.allclose(ours, eager, atol=1e-4) for ours, eager in zip(replayed, logits(), strict=True))
 
@@ -259,8 +346,9 @@ def test_room_follows_the_reply_and_not_what_the_model_could_take(
 
 
 def room(sharding: Sharding) -> int:
-    """Bytes of the static buffers."""
-    return sum(graphs.nbytes for graphs in sharding._runtime.graphs.values())
+    """Bytes of the cache's buffers."""
+    sharding.meter.memory.next_look = 0.0
+    return sum(memory.cache for memory in sharding.meter.snapshot().memory)
 
 
 @needs_graphs
@@ -322,11 +410,114 @@ def test_a_cache_that_outlives_its_reply_has_tensors_of_its_own(
     for mode in ("eager", "graph"):
         sharding.mode = mode
         kept[mode] = reply(model, places[0], return_dict_in_generate=True).past_key_values
-    reply(model, places[0], length=12)  # writes over the buffers
+    before = [tensor.clone() for tensor in list_of(kept["graph"])]
+    for length in (12, 9):
+        reply(model, places[0], length=length)  # writes over no buffer that somebody has
     assert type(kept["graph"]) is type(kept["eager"])
+    assert support.same([t.cpu() for t in list_of(kept["graph"])], [t.cpu() for t in before])
     for ours, theirs in zip(list_of(kept["graph"]), list_of(kept["eager"]), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-3, atol=1e-3)
-        assert ours.untyped_storage().nbytes() == ours.numel() * ours.element_size()
+
+
+@needs_graphs
+def test_tensors_of_a_cache_that_outlive_it_are_not_written_to(
+    model: Any, sharding: Sharding, places: list[str]
+) -> None:
+    kept: list[Tensor] = []
+
+    def keep(*_: Any, **__: Any) -> bool:
+        if not kept:
+            (cache,) = (each for each in gc.get_objects() if type(each).__name__ == "KVCache")
+            kept.extend(list_of(cache))
+            del cache
+        return False
+
+    reply(model, places[0], stopping_criteria=StoppingCriteriaList([keep]))
+    before = [tensor.clone() for tensor in kept]
+    for length in (12, 9):
+        assert reply(model, places[0], length=length).tolist() == right(length=length)
+    assert support.same([t.cpu() for t in kept], [t.cpu() for t in before])
+
+
+@needs_graphs
+@pytest.mark.parametrize("keep", [lambda cache: list(cache.layers), copy.copy], ids=["layers", "copy"])
+def test_layers_of_a_cache_that_outlive_it_are_not_written_to(
+    model: Any, sharding: Sharding, places: list[str], keep: Callable[[Any], Any]
+) -> None:
+    if Version("5") > VERSION:
+        pytest.skip("this transformers gives callers tuples")
+    kept = keep(reply(model, places[0], return_dict_in_generate=True).past_key_values)
+    layers = getattr(kept, "layers", kept)
+    before = [buffer.filled.clone() for layer in layers for buffer in layer.buffers]
+    for length in (12, 9):
+        assert reply(model, places[0], length=length).tolist() == right(length=length)
+    after = [buffer.filled for layer in layers for buffer in layer.buffers]
+    assert support.same([t.cpu() for t in after], [t.cpu() for t in before])
+
+
+@needs_graphs
+def test_a_kept_cache_goes_on_by_graphs_when_its_caller_does(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+) -> None:
+    if Version("5") > VERSION:
+        pytest.skip("this transformers gives callers tuples")
+    first = reply(model, places[0], return_dict_in_generate=True)
+    other = reply(model, places[0], length=14)
+    assert other.tolist() == right(length=14)
+    options = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10}
+    with torch.no_grad():
+        again = model.generate(first.sequences, past_key_values=first.past_key_values, **options)
+    assert sharding.reason_for_eager == ""
+    assert again.tolist() == right(tokens=30)
+    assert len(captures) == 2
+
+
+@needs_graphs
+def test_a_kept_cache_goes_on_with_the_weights_of_now(model: Any, sharding: Sharding, places: list[str]) -> None:
+    if Version("5") > VERSION:
+        pytest.skip("this transformers gives callers tuples")
+    first = reply(model, places[0], return_dict_in_generate=True)
+    kept = {on: copy.deepcopy(first.past_key_values) if on else first.past_key_values for on in (False, True)}
+    options = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10}
+    norm = model.get_submodule("model.norm")
+    norm.weight = nn.Parameter(-norm.weight.detach())
+    with torch.no_grad():
+        ours = model.generate(first.sequences, past_key_values=kept[False], **options).tolist()
+        theirs = off(sharding, lambda: model.generate(first.sequences, past_key_values=kept[True], **options).tolist())
+    assert ours == theirs
+    assert sharding.reason_for_eager == ""
+
+
+@needs_graphs
+@pytest.mark.parametrize("end", ["disable", "detach"])
+def test_a_kept_cache_works_with_sharding_off(model: Any, sharding: Sharding, places: list[str], end: str) -> None:
+    if Version("5") > VERSION:
+        pytest.skip("this transformers gives callers tuples")
+    first = reply(model, places[0], return_dict_in_generate=True)
+    getattr(sharding, end)()
+    options = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10}
+    with torch.no_grad():
+        again = model.generate(first.sequences, past_key_values=first.past_key_values, **options)
+    assert again.tolist() == right(tokens=30)
+
+
+@needs_graphs
+def test_criteria_given_by_position_are_asked_and_end_no_graphs(
+    model: Any, sharding: Sharding, places: list[str]
+) -> None:
+    asked: list[int] = []
+    criteria = StoppingCriteriaList([lambda ids, *_, **__: bool(asked.append(ids.shape[1]))])
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
+    inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts(1).items()}
+    with torch.no_grad():
+        for _ in range(3):
+            out = model.generate(
+                inputs["input_ids"], None, None, criteria, attention_mask=inputs["attention_mask"], **options
+            )
+            assert out.tolist() == right()
+            assert sharding.reason_for_eager == ""
+    assert len(asked) >= 3 * 19
+    assert sharding.meter.snapshot().sharded.tokens > 0
 
 
 def list_of(cache: Any) -> list[Tensor]:
@@ -358,7 +549,7 @@ def test_the_memory_of_the_cache_shows_its_room(model: Any, sharding: Sharding, 
     shown: list[int] = []
 
     def look(*_: Any, **__: Any) -> bool:
-        sharding.meter._memory._next_look = 0.0
+        sharding.meter.memory.next_look = 0.0
         shown.append(sum(memory.cache for memory in sharding.meter.snapshot().memory))
         return False
 
@@ -424,7 +615,9 @@ def test_a_reply_that_was_broken_off_leaves_the_next_one_right(
 
 
 @needs_graphs
-def test_a_reply_that_begins_meanwhile_runs_without_graphs(model: Any, sharding: Sharding, places: list[str]) -> None:
+def test_a_reply_that_begins_meanwhile_has_graphs_of_its_own(
+    model: Any, sharding: Sharding, places: list[str], captures: list[Any]
+) -> None:
     replies: list[Any] = []
     asked = 0
 
@@ -435,12 +628,13 @@ def test_a_reply_that_begins_meanwhile_runs_without_graphs(model: Any, sharding:
             thread = threading.Thread(target=lambda: replies.append(reply(model, places[0], length=14).tolist()))
             thread.start()
             thread.join()
-            assert "Another reply" in sharding.reason_for_eager
+            assert sharding.reason_for_eager == ""
         return False
 
     assert reply(model, places[0], stopping_criteria=StoppingCriteriaList([another])).tolist() == right()
     assert replies == [right(length=14)] * 3
     assert sharding.reason_for_eager == ""
+    assert len(captures) == 2
 
 
 @needs_graphs
@@ -531,15 +725,15 @@ def test_a_tensor_that_the_model_keeps_for_each_reply_is_the_replys_own(
 def test_graphs_that_compute_something_else_are_not_used(
     model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replay = tape.Tape.replay
+    replay = capture.CapturedStep.replay
 
-    def wrong(self: tape.Tape) -> None:
+    def wrong(self: capture.CapturedStep) -> None:
         replay(self)
         self.transfers[-1].target.mul_(-1)
 
     if len(places) < 2:
         pytest.skip("needs a copy that is the step's output")
-    monkeypatch.setattr(tape.Tape, "replay", wrong)
+    monkeypatch.setattr(capture.CapturedStep, "replay", wrong)
     assert reply(model, places[0]).tolist() == right()
     assert "something else" in sharding.reason_for_eager
 
@@ -656,10 +850,9 @@ def off(sharding: Sharding, run: Callable[[], Any]) -> Any:
     [
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"prompt_lookup_num_tokens": 3}, "at once"),
-        ({"num_beams": 3}, "between steps"),
         ({"cache_implementation": "static", **support._UNCOMPILED}, "StaticCache"),
     ],
-    ids=["states", "prompt-lookup", "beams", "static-cache"],
+    ids=["states", "prompt-lookup", "static-cache"],
 )
 def test_a_reply_that_wants_more_than_tokens_runs_without(
     model: Any,
@@ -671,9 +864,16 @@ def test_a_reply_that_wants_more_than_tokens_runs_without(
 ) -> None:
     with caplog.at_level(logging.INFO):
         out = reply(model, places[0], **options)
-    out = getattr(out, "sequences", out).tolist()
-    assert out == right(**{name: value for name, value in options.items() if name == "num_beams"})
+    assert getattr(out, "sequences", out).tolist() == right()
     assert reason in caplog.text
+
+
+@needs_graphs
+def test_beams_have_graphs(model: Any, sharding: Sharding, places: list[str], captures: list[Any]) -> None:
+    for _ in range(2):
+        assert reply(model, places[0], num_beams=3).tolist() == right(num_beams=3)
+        assert sharding.reason_for_eager == ""
+    assert len(captures) == 1
 
 
 @needs_graphs
@@ -734,7 +934,7 @@ def test_a_window_that_the_cache_does_not_know_is_kept_to_as_well(places: list[s
     model = support.spread(build("mistral-sliding", sliding_window=16), places)
 
     def with_plain_cache() -> list[list[int]]:
-        return reply(model, places[0], tokens=30, past_key_values=transformers.DynamicCache()).tolist()
+        return reply(model, places[0], tokens=30, past_key_values=own_cache_class()()).tolist()
 
     expected = with_plain_cache()
     sharding = shard(model)
@@ -770,7 +970,7 @@ def test_what_cannot_be_captured_is_tried_once_and_told_once(
 
     reply(model, places[0], tokens=1)
     before = allocated(devices, places)
-    monkeypatch.setattr(tape.Capture, "_turn_to", fail)
+    monkeypatch.setattr(capture.Capture, "_turn_to", fail)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert reply(model, places[0]).tolist() == right()
@@ -786,22 +986,31 @@ def test_what_cannot_be_captured_is_tried_once_and_told_once(
 def test_a_mask_without_positions_is_for_the_model_to_read(model: Any, sharding: Sharding, places: list[str]) -> None:
     inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts(3).items()}
     with torch.no_grad():
-        cache = model(**inputs, past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
+        cache = model(**inputs, past_key_values=sharding.new_cache(), use_cache=True).past_key_values
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         model(inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
     assert "no position_ids" in sharding.reason_for_eager
 
 
 @needs_graphs
-@pytest.mark.parametrize("door", ["_read", "_step", "_make_room", "_free"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (eligible.Rules, "read"),
+        (eligible.Rules, "against_model"),
+        (runner.GraphRunner, "_graphs_for"),
+        (runner.CacheGraphs, "step"),
+        (decode.DecodeGraph, "run"),
+    ],
+)
 def test_a_failure_of_ours_costs_nobody_a_reply(
-    model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch, door: str
+    model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs.Graphs, door, fail)
+        patch.setattr(owner, name, fail)
         assert reply(model, places[0]).tolist() == right()
     assert "on purpose" in sharding.reason_for_eager
     sharding.mode = "eager"

@@ -122,4 +122,4 @@ def test_memory_that_runs_out_in_any_stage_leaves_the_next_reply_right(
     assert sharding.failure == ""
     assert sharding.enabled
     assert reply(model, places[0]) == right
-    assert sharding._runtime.lane.forward is None
+    assert sharding._runtime.thread.state is None

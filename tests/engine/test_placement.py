@@ -51,7 +51,7 @@ def test_a_submodel_on_one_entry_is_one_block(devices: support.Devices) -> None:
     placement = read_placement(model)
     assert names(placement) == [["model"], ["lm_head"]]
     inner = [name for name in models.device_map(model, [first]) if name != "lm_head"]
-    assert set(inner) - {"model.rotary_emb"} == {door.name for door in placement.doors}
+    assert set(inner) - {"model.rotary_emb"} == {door.name for door in placement.entry_points}
 
 
 def test_entries_for_parts_of_a_layer_are_blocks_of_their_own(devices: support.Devices) -> None:
@@ -74,14 +74,14 @@ def test_a_tied_head_is_where_its_embedding_is(devices: support.Devices) -> None
 
 def test_an_encoder_decoder_model_has_scopes_for_both(devices: support.Devices) -> None:
     placement = read_placement(support.spread(models.build("t5"), devices(2)))
-    assert [scope.name for scope in placement.scopes] == ["", "encoder", "decoder"]
+    assert [scope.name for scope in placement.containers] == ["", "encoder", "decoder"]
 
 
 def test_no_hook_inside_a_block_stays(devices: support.Devices) -> None:
     model = support.spread(models.build("llama"), devices(2))
     hooked = {name for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
     placement = read_placement(model)
-    assert set(placement.bare) == hooked - {block.name for block in placement.blocks} - {""}
+    assert set(placement.unhooked) == hooked - {block.name for block in placement.blocks} - {""}
 
 
 def test_the_main_device_is_read_not_assumed(devices: support.Devices) -> None:
@@ -129,7 +129,7 @@ def test_a_module_with_somebody_elses_hook_keeps_it(devices: support.Devices) ->
     support.GREEDY.run(model, places[0])
     assert Counting.calls == 2 * support.GREEDY.new_tokens
     assert [block.name for block in sharding.placement.blocks if block.keeps_hooks] == ["model.layers.4"]
-    assert "model.layers.1.mlp" not in sharding.placement.bare
+    assert "model.layers.1.mlp" not in sharding.placement.unhooked
 
 
 def test_a_wrapper_that_somebody_put_around_a_hooked_forward_still_runs(devices: support.Devices) -> None:

@@ -20,8 +20,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.engine.meter import bytes_by_device
-from extensions.sharded_kv.engine.transfers import Forward
+from extensions.sharded_kv.engine.metering.memory import bytes_by_device
+from extensions.sharded_kv.engine.transfers import ForwardState
 from tests import support
 from tools import models, simulated
 
@@ -173,9 +173,9 @@ def run(case: Case, model: Any) -> Run:
     """Have `model` reply."""
     copied: collections.Counter[tuple[int, int]] = collections.Counter()
     caches: list[dict[torch.device, int]] = []
-    remember = Forward._remember
+    remember = ForwardState._remember
 
-    def note(forward: Forward, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
+    def note(forward: ForwardState, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
         copied[id(forward), device.index or 0] += copy.numel() * copy.element_size()
         remember(forward, tensor, device, copy)
 
@@ -186,7 +186,7 @@ def run(case: Case, model: Any) -> Run:
     before = [simulated.allocated(index) for index in range(4)]
     simulated.reset_peak()
     with pytest.MonkeyPatch.context() as patch, simulated.record() as traffic:
-        patch.setattr(Forward, "_remember", note)
+        patch.setattr(ForwardState, "_remember", note)
         hook = model.register_forward_hook(note_cache)
         reply = case.reply(model)
         hook.remove()

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine.swaps import Installation, Installed
-from extensions.sharded_kv.engine.transfers import Forward
+from extensions.sharded_kv.engine.patches import PatchSet, Wrapped
+from extensions.sharded_kv.engine.transfers import ForwardState
 from tests import support
 from tools import models
 
@@ -181,14 +182,14 @@ def test_an_exception_in_a_block_leaves_no_memo_and_the_callers_device(
     seen = []
 
     def fail(module: nn.Module, args: Any) -> None:
-        seen.append(sharding._runtime.lane.forward)
+        seen.append(sharding._runtime.thread.state)
         raise error("injected")
 
     hook = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
     with pytest.raises(error):
         tokens(model, places[0])
     hook.remove()
-    assert sharding._runtime.lane.forward is None
+    assert sharding._runtime.thread.state is None
     assert seen[0]._memo == {}
     assert devices.runtime.current_device() == 0
     assert tokens(model, places[0]) == right
@@ -239,6 +240,45 @@ def test_a_forward_within_a_forward_has_a_memo_of_its_own(
 
     model.model.layers[4].mlp.register_forward_pre_hook(nested)
     assert tokens(model, places[0]) == right
+
+
+def test_a_model_may_be_sharded_within_the_forward_of_another(
+    model: Any, places: list[str], right: list[list[int]]
+) -> None:
+    shard(model)
+    other = support.spread(models.build("llama", num_hidden_layers=2), places)
+    found: list[Sharding] = []
+
+    def hook(module: nn.Module, args: Any) -> None:
+        found.append(shard(other))
+
+    handle = model.model.layers[1].register_forward_pre_hook(hook)
+    assert tokens(model, places[0]) == right
+    handle.remove()
+    assert found[0].enabled
+    assert all(sharding is found[0] for sharding in found)
+
+
+def test_a_cache_given_by_position_is_undone_as_well(
+    model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(transformers, "DynamicCache") or not support._knows("cache_implementation")(model):
+        pytest.skip("this transformers keeps caches in tuples")
+    ids = support.prompts(1)["input_ids"].to(places[0])
+    names = list(inspect.signature(model.forward).parameters)
+    logits = []
+    for on in (False, True):
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            given: dict[str, Any] = {"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True}
+            args = [given.get(name) for name in names[: names.index("past_key_values") + 1]]
+            with monkeypatch.context() as patch:
+                if on:
+                    FailsLater(patch, ForwardState, "enter", 1, TypeError("of ours"))
+                logits.append(model(*args, use_cache=True).logits.cpu())
+        shard(model)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("nothing", [None, "llama-7b", 7, [], {}, nn.Linear])
@@ -565,7 +605,7 @@ def test_an_error_in_our_part_of_a_forward_has_accelerate_go_on_from_there(
     sharding = shard(model)
     for calls in (3, 20):  # in the midst of the prompt's forward, in that of a token
         with monkeypatch.context() as patch:
-            failing = FailsLater(patch, Forward, part, calls, TypeError("of ours"))
+            failing = FailsLater(patch, ForwardState, part, calls, TypeError("of ours"))
             assert chosen.run(model, places[0]).tokens.tolist() == right
         if failing.failures:
             assert not sharding.enabled
@@ -584,7 +624,7 @@ def test_so_do_models_whose_blocks_all_send_their_outputs_back(
     sharding = shard(model)
     for calls in (3, 20):
         with monkeypatch.context() as patch:
-            failing = FailsLater(patch, Forward, part, calls, TypeError("of ours"))
+            failing = FailsLater(patch, ForwardState, part, calls, TypeError("of ours"))
             assert tokens(model, places[0]) == right
         assert not sharding.enabled or not failing.failures
         sharding.enable()
@@ -595,7 +635,7 @@ def test_after_an_error_of_ours_the_model_has_accelerates_own_forwards(
 ) -> None:
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
     shard(model)
-    FailsLater(monkeypatch, Forward, "move_inputs", 7, TypeError("of ours"))
+    FailsLater(monkeypatch, ForwardState, "move_inputs", 7, TypeError("of ours"))
     tokens(model, places[0])
     assert all(vars(module).get("forward") is before[name] for name, module in model.named_modules())
 
@@ -604,7 +644,7 @@ def test_an_error_of_ours_is_logged_once_however_often_it_would_recur(
     model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard(model)
-    FailsLater(monkeypatch, Forward, "_copy", 0, TypeError("of ours"))
+    FailsLater(monkeypatch, ForwardState, "_copy", 0, TypeError("of ours"))
     tokens(model, places[0])
     assert [record.levelname for record in caplog.records if "error in our part" in record.message] == ["ERROR"]
 
@@ -617,7 +657,7 @@ def test_a_moved_model_whose_placement_cannot_be_read_again_is_accelerates(
     FailsLater(monkeypatch, sys.modules[Sharding.__module__], "read_placement", 0, TypeError("of ours"))
     with pytest.raises(RuntimeError, match="device"):  # its hooks send the inputs to where the weights were
         tokens(model, places[1])
-    assert not any(isinstance(vars(module).get("forward"), Installed) for module in model.modules())
+    assert not any(isinstance(vars(module).get("forward"), Wrapped) for module in model.modules())
     assert sharding.failure.endswith("TypeError: of ours")
 
 
@@ -662,15 +702,15 @@ def test_forwards_that_cannot_be_taken_off_after_an_error_of_ours_cost_no_reply_
     model: Any, places: list[str], right: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard(model)
-    monkeypatch.setattr(Installation, "restore", fail)
-    FailsLater(monkeypatch, Forward, "move_inputs", 7, TypeError("of ours"))
+    monkeypatch.setattr(PatchSet, "restore", fail)
+    FailsLater(monkeypatch, ForwardState, "move_inputs", 7, TypeError("of ours"))
     assert tokens(model, places[0]) == right
 
 
 def test_letting_go_that_failed_midway_is_done_by_the_next_shard(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = shard(model)
     with monkeypatch.context() as patch:
-        patch.setattr(Installation, "restore", fail)
+        patch.setattr(PatchSet, "restore", fail)
         with pytest.raises(TypeError, match="of ours"):
             first.detach()
     second = shard(model)
@@ -682,7 +722,7 @@ def test_too_little_memory_for_our_copy_is_nobodys_defect(
     model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sharding = shard(model)
-    FailsLater(monkeypatch, Forward, "_copy", 3, torch.cuda.OutOfMemoryError("2 GiB"))
+    FailsLater(monkeypatch, ForwardState, "_copy", 3, torch.cuda.OutOfMemoryError("2 GiB"))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         tokens(model, places[0])
     assert sharding.enabled

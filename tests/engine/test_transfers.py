@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from extensions.sharded_kv.engine.transfers import Forward, TrafficCounter, first_device
+from extensions.sharded_kv.engine.transfers import ForwardState, TrafficCounter, first_device
 from tests import support
 
 Pair = namedtuple("Pair", "left right")
@@ -23,8 +23,8 @@ def counter() -> TrafficCounter:
 
 
 @pytest.fixture
-def forward(counter: TrafficCounter) -> Forward:
-    return Forward(object(), counter)
+def forward(counter: TrafficCounter) -> ForwardState:
+    return ForwardState(object(), counter)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def there(devices: support.Devices) -> torch.device:
 
 
 def test_a_tensor_crosses_once_however_often_it_is_asked_for(
-    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+    forward: ForwardState, counter: TrafficCounter, here: torch.device, there: torch.device
 ) -> None:
     mask = torch.ones(3, 4, device=here)
     assert forward.move(mask, there) is forward.move(mask, there)
@@ -46,7 +46,7 @@ def test_a_tensor_crosses_once_however_often_it_is_asked_for(
     assert counter.read().bytes == {(str(here), str(there)): 48}
 
 
-def test_a_copy_lives_no_longer_than_its_source(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_a_copy_lives_no_longer_than_its_source(forward: ForwardState, here: torch.device, there: torch.device) -> None:
     hidden = torch.ones(3, device=here)
     copy = weakref.ref(forward.move(hidden, there))
     assert copy() is not None
@@ -54,7 +54,9 @@ def test_a_copy_lives_no_longer_than_its_source(forward: Forward, here: torch.de
     assert copy() is None
 
 
-def test_inputs_that_were_given_stay_as_they_were(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_inputs_that_were_given_stay_as_they_were(
+    forward: ForwardState, here: torch.device, there: torch.device
+) -> None:
     """Where the second cannot be moved, accelerate gets what we were given, not half of it moved."""
     given = {"mask": torch.ones(2, device=here), "states": torch.ones(3, device=here)}
     _, moved = forward.move_inputs((), given, there)
@@ -62,14 +64,16 @@ def test_inputs_that_were_given_stay_as_they_were(forward: Forward, here: torch.
     assert {name: tensor.device for name, tensor in moved.items()} == {"mask": there, "states": there}
 
 
-def test_a_tensor_in_place_is_returned_itself(forward: Forward, counter: TrafficCounter, here: torch.device) -> None:
+def test_a_tensor_in_place_is_returned_itself(
+    forward: ForwardState, counter: TrafficCounter, here: torch.device
+) -> None:
     mask = torch.ones(3, device=here)
     assert forward.move(mask, here) is mask
     assert counter.read().total_copies == 0
 
 
 def test_inputs_that_every_block_is_given_cross_once(
-    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+    forward: ForwardState, counter: TrafficCounter, here: torch.device, there: torch.device
 ) -> None:
     given = {"mask": torch.ones(2, device=here), "rotary": (torch.ones(3, device=here), torch.zeros(3, device=here))}
     sets = [forward.move_inputs((), dict(given, cache=None), there)[1] for _ in range(4)]
@@ -81,7 +85,7 @@ def test_inputs_that_every_block_is_given_cross_once(
 @pytest.mark.parametrize("changed", ["source", "copy"])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_inputs_that_every_block_is_given_are_right_after_a_change_in_place(
-    forward: Forward, here: torch.device, there: torch.device, changed: str, blocks: int
+    forward: ForwardState, here: torch.device, there: torch.device, changed: str, blocks: int
 ) -> None:
     given = {"mask": torch.ones(2, device=here), "rotary": (torch.ones(1, device=here),)}
     for _ in range(blocks):
@@ -93,7 +97,7 @@ def test_inputs_that_every_block_is_given_are_right_after_a_change_in_place(
 
 
 def test_a_block_is_given_its_own_inputs_after_others_had_the_same(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     mask, own = torch.ones(2, device=here), torch.zeros(2, device=here)
     for _ in range(3):
@@ -105,7 +109,7 @@ def test_a_block_is_given_its_own_inputs_after_others_had_the_same(
 
 
 def test_inputs_that_came_under_each_others_names_are_told_apart(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     left, right = torch.zeros(1, device=here), torch.ones(1, device=here)
     for _ in range(2):
@@ -115,7 +119,7 @@ def test_inputs_that_came_under_each_others_names_are_told_apart(
 
 
 def test_what_is_to_stay_stays_though_every_block_before_had_it_moved(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     cache = torch.ones(1, device=here)
     for _ in range(2):
@@ -123,7 +127,7 @@ def test_what_is_to_stay_stays_though_every_block_before_had_it_moved(
     assert forward.move_inputs((), {"cache": cache}, there, frozenset({"cache"}))[1]["cache"] is cache
 
 
-def test_types_that_somebody_makes_as_he_goes_do_not_stay(forward: Forward, here: torch.device) -> None:
+def test_types_that_somebody_makes_as_he_goes_do_not_stay(forward: ForwardState, here: torch.device) -> None:
     made = []
     for number in range(3000):
         kind = type(f"Kind{number}", (), {})
@@ -135,7 +139,7 @@ def test_types_that_somebody_makes_as_he_goes_do_not_stay(forward: Forward, here
 
 
 def test_a_hidden_state_that_crossed_by_name_is_not_held(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     hidden, mask = torch.ones(3, device=here), torch.ones(2, device=here)
     forward.move_inputs((), {"mask": mask}, there)
@@ -145,7 +149,7 @@ def test_a_hidden_state_that_crossed_by_name_is_not_held(
     assert source() is None
 
 
-def test_a_list_that_was_changed_is_moved_again(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_a_list_that_was_changed_is_moved_again(forward: ForwardState, here: torch.device, there: torch.device) -> None:
     states = [torch.ones(2, device=here)]
     for length in range(1, 4):
         _, moved = forward.move_inputs((), {"states": states}, there)
@@ -153,7 +157,9 @@ def test_a_list_that_was_changed_is_moved_again(forward: Forward, here: torch.de
         states.append(states[0])
 
 
-def test_a_source_changed_in_place_crosses_again(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_a_source_changed_in_place_crosses_again(
+    forward: ForwardState, here: torch.device, there: torch.device
+) -> None:
     mask = torch.ones(3, device=here)
     forward.move(mask, there)
     mask.add_(1)
@@ -161,7 +167,7 @@ def test_a_source_changed_in_place_crosses_again(forward: Forward, here: torch.d
 
 
 def test_a_copy_changed_in_place_is_not_given_to_the_next_block(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     mask = torch.ones(3, device=here)
     forward.move(mask, there).add_(1)
@@ -169,7 +175,7 @@ def test_a_copy_changed_in_place_is_not_given_to_the_next_block(
 
 
 def test_an_inference_tensor_crosses_once_while_one_device_has_its_turn(
-    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+    forward: ForwardState, counter: TrafficCounter, here: torch.device, there: torch.device
 ) -> None:
     with torch.inference_mode():
         mask = torch.ones(3, device=here)
@@ -185,7 +191,7 @@ def test_an_inference_tensor_crosses_once_while_one_device_has_its_turn(
 
 
 def test_a_closed_forward_forgets(
-    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+    forward: ForwardState, counter: TrafficCounter, here: torch.device, there: torch.device
 ) -> None:
     mask = torch.ones(3, device=here)
     forward.move(mask, there)
@@ -194,14 +200,16 @@ def test_a_closed_forward_forgets(
     assert counter.read().total_copies == 2
 
 
-def test_gradients_flow_back_through_a_shared_copy(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_gradients_flow_back_through_a_shared_copy(
+    forward: ForwardState, here: torch.device, there: torch.device
+) -> None:
     weight = torch.ones(2, device=here, requires_grad=True)
     (forward.move(weight, there) + forward.move(weight, there) * 3).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [4, 4]
 
 
-def test_nested_containers_keep_their_types(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_nested_containers_keep_their_types(forward: ForwardState, here: torch.device, there: torch.device) -> None:
     def tensor() -> torch.Tensor:
         return torch.ones(2, device=here)
 
@@ -214,12 +222,12 @@ def test_nested_containers_keep_their_types(forward: Forward, here: torch.device
     assert moved["tuple"][1] == "text"
 
 
-def test_containers_with_nothing_to_move_are_the_same_objects(forward: Forward, here: torch.device) -> None:
+def test_containers_with_nothing_to_move_are_the_same_objects(forward: ForwardState, here: torch.device) -> None:
     value = {"list": [torch.ones(2, device=here)], "pair": Pair(1, 2)}
     assert forward.move(value, here) is value
 
 
-def test_named_caches_stay(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_named_caches_stay(forward: ForwardState, here: torch.device, there: torch.device) -> None:
     cache = ((torch.ones(2, device=here),) * 2,)
     _, kwargs = forward.move_inputs((), {"past": cache, "mask": torch.ones(2, device=here)}, there, frozenset({"past"}))
     assert kwargs["past"] is cache
@@ -227,7 +235,7 @@ def test_named_caches_stay(forward: Forward, here: torch.device, there: torch.de
 
 
 def test_a_container_that_moves_itself_is_asked_to_and_counted(
-    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+    forward: ForwardState, counter: TrafficCounter, here: torch.device, there: torch.device
 ) -> None:
     class Shared(UserDict):  # as transformers 5 hands keys and values from layer to layer of Gemma 4
         def to(self, device: torch.device) -> Shared:
@@ -241,7 +249,7 @@ def test_a_container_that_moves_itself_is_asked_to_and_counted(
     assert counter.read().total_bytes == 8
 
 
-def test_an_output_comes_home_without_its_cache(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_an_output_comes_home_without_its_cache(forward: ForwardState, here: torch.device, there: torch.device) -> None:
     layer = (torch.ones(2, device=there), torch.ones(2, device=there))
     output = CausalLMOutputWithPast(logits=torch.ones(2, device=there), past_key_values=(layer, layer))
     moved = forward.move_home(output, here, frozenset({"past_key_values"}))
@@ -254,7 +262,7 @@ def test_an_output_comes_home_without_its_cache(forward: Forward, here: torch.de
 
 
 def test_an_output_of_transformers_comes_home_without_its_constructor(
-    forward: Forward, here: torch.device, there: torch.device, monkeypatch: pytest.MonkeyPatch
+    forward: ForwardState, here: torch.device, there: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = CausalLMOutputWithPast(logits=torch.ones(2, device=there), past_key_values=((), ()))
     monkeypatch.delattr(CausalLMOutputWithPast, "__init__")
@@ -262,7 +270,7 @@ def test_an_output_of_transformers_comes_home_without_its_constructor(
 
 
 def test_an_output_with_more_in_it_than_its_fields_is_made_by_its_class(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     @dataclasses.dataclass
     class WithProbabilities(CausalLMOutputWithPast):
@@ -274,7 +282,9 @@ def test_an_output_with_more_in_it_than_its_fields_is_made_by_its_class(
     assert moved.logits.device == moved.probabilities.device == here
 
 
-def test_every_tensor_of_a_tuple_output_comes_home(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_every_tensor_of_a_tuple_output_comes_home(
+    forward: ForwardState, here: torch.device, there: torch.device
+) -> None:
     def tensor() -> torch.Tensor:
         return torch.ones(2, device=there)
 
@@ -283,7 +293,7 @@ def test_every_tensor_of_a_tuple_output_comes_home(forward: Forward, here: torch
 
 
 def test_a_copy_without_gradient_is_not_given_to_who_wants_one(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     weight = torch.ones(2, device=here, requires_grad=True)
     with torch.no_grad():
@@ -293,7 +303,7 @@ def test_a_copy_without_gradient_is_not_given_to_who_wants_one(
 
 
 def test_a_copy_made_in_inference_mode_is_not_given_to_training(
-    forward: Forward, here: torch.device, there: torch.device
+    forward: ForwardState, here: torch.device, there: torch.device
 ) -> None:
     x = torch.ones(2, device=here)
     with torch.inference_mode():
@@ -304,13 +314,13 @@ def test_a_copy_made_in_inference_mode_is_not_given_to_training(
     assert weight.grad.tolist() == [1, 1]
 
 
-def test_a_packed_sequence_moves_itself(forward: Forward, here: torch.device, there: torch.device) -> None:
+def test_a_packed_sequence_moves_itself(forward: ForwardState, here: torch.device, there: torch.device) -> None:
     packed = torch.nn.utils.rnn.PackedSequence(torch.ones(2, device=here), torch.tensor([2]))
     assert forward.move(packed, there).data.device == there
 
 
 def test_what_came_home_is_known_where_it_came_from(
-    forward: Forward, counter: TrafficCounter, here: torch.device, there: torch.device
+    forward: ForwardState, counter: TrafficCounter, here: torch.device, there: torch.device
 ) -> None:
     hidden = torch.ones(2, device=there)
     at_home = forward.move_home(hidden, here)
@@ -319,12 +329,12 @@ def test_what_came_home_is_known_where_it_came_from(
     assert counter.read().total_copies == 1
 
 
-def test_an_output_that_is_home_is_the_same_object(forward: Forward, here: torch.device) -> None:
+def test_an_output_that_is_home_is_the_same_object(forward: ForwardState, here: torch.device) -> None:
     output = BaseModelOutput(last_hidden_state=torch.ones(2, device=here))
     assert forward.move_home(output, here) is output
 
 
-def test_inputs_on_the_host_are_fetched(forward: Forward, there: torch.device) -> None:
+def test_inputs_on_the_host_are_fetched(forward: ForwardState, there: torch.device) -> None:
     assert forward.move(torch.ones(2), there).device == there
 
 

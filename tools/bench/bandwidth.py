@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from extensions.sharded_kv.engine import vram
+from extensions.sharded_kv.engine import devices as device_memory
 
 from .. import quantized
 from .memory import size_of
@@ -38,10 +38,10 @@ def copy_bandwidth(device: torch.device, size: int = 2**28, copies: int = 20) ->
     target = torch.empty_like(source)
     trials = []
     for _ in range(4):  # the first warms up
-        vram.runtime(device).synchronize(device)
+        device_memory.runtime(device).synchronize(device)
         began = time.perf_counter()
         for _ in range(copies):
             target.copy_(source)
-        vram.runtime(device).synchronize(device)
+        device_memory.runtime(device).synchronize(device)
         trials.append(time.perf_counter() - began)
     return 2 * size * copies / min(trials[1:])

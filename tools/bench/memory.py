@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from extensions.sharded_kv.engine import vram
+from extensions.sharded_kv.engine import devices as device_memory
 
 from .. import quantized
 from .variants import ONE_GPU
@@ -66,7 +66,7 @@ def require_room(homes: Mapping[nn.Module, torch.device]) -> None:
     give_back_memory(homes.values())
     for device in set(homes.values()):
         needed = sum(size_of(module.parameters(recurse=False)) for module, home in homes.items() if home == device)
-        free, _ = vram.runtime(device).mem_get_info(device)
+        free, _ = device_memory.runtime(device).mem_get_info(device)
         if needed > free:
             raise torch.cuda.OutOfMemoryError(_missing(device, needed - free))
 
@@ -75,7 +75,7 @@ def give_back_memory(devices: Iterable[torch.device]) -> None:
     """Free on `devices` what nobody holds any more."""
     gc.collect()
     for device in set(devices):
-        vram.runtime(device).empty_cache()
+        device_memory.runtime(device).empty_cache()
 
 
 def bytes_on(device: torch.device, model: nn.Module) -> int:

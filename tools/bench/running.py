@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from extensions.sharded_kv.engine import vram
+from extensions.sharded_kv.engine import devices as device_memory
 
 from .. import quantized
 from .bandwidth import bandwidth_floor, copy_bandwidth
@@ -106,15 +106,15 @@ def reply(setting: Setting, variant: Variant, model: Any, prompts: Tensor, round
     devices, clock = setting.torch_devices, _Clock(setting.torch_devices)
     prompts = prompts.to(devices[0])
     with variant.applied(model), _no_collections():
-        others = {device: vram.allocated(device).now - bytes_on(device, model) for device in devices}
+        others = {device: device_memory.allocated(device).now - bytes_on(device, model) for device in devices}
         for device in devices:
-            vram.runtime(device).reset_peak_memory_stats(device)
+            device_memory.runtime(device).reset_peak_memory_stats(device)
         clock.wait()
         began = time.perf_counter()
         criteria = transformers.StoppingCriteriaList([clock])
         generate(model, prompts, setting.new_tokens, min_new_tokens=setting.new_tokens, stopping_criteria=criteria)
         clock.wait()
-        peak = {str(device): vram.allocated(device).peak - others[device] for device in devices}
+        peak = {str(device): device_memory.allocated(device).peak - others[device] for device in devices}
     # Only the first token is waited for: the time from it to the second lacks the wait for the second.
     steps = [microseconds(b - a) for a, b in itertools.pairwise(clock.times[1 : setting.new_tokens])]
     first = microseconds(clock.times[0] - began)
@@ -133,7 +133,7 @@ class _Clock(transformers.StoppingCriteria):
 
     def wait(self) -> None:
         for device in self.devices:
-            vram.runtime(device).synchronize(device)
+            device_memory.runtime(device).synchronize(device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         if not self.times:
@@ -206,7 +206,7 @@ def _versions(setting: Setting) -> dict[str, str]:
 def _machine(devices: Sequence[torch.device]) -> dict[str, Any]:
     real = devices[0].type == "cuda"
     return {
-        "gpus": [vram.name(device) for device in devices],
+        "gpus": [device_memory.name(device) for device in devices],
         "driver": _first_match("/proc/driver/nvidia/version", r"\s(\d+\.[\d.]+)\s") if real else None,
         "cuda": torch.version.cuda if real else None,
         "peer_access": torch.cuda.can_device_access_peer(*devices[:2]) if real and len(devices) > 1 else None,

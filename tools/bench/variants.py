@@ -17,7 +17,7 @@ from accelerate.utils.operations import find_device, send_to_device
 from torch import Tensor, nn
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.engine import vram
+from extensions.sharded_kv.engine import devices as device_memory
 from extensions.sharded_kv.engine.placement import CACHE_NAME, align_hooks, read_placement
 
 from .. import quantized
@@ -118,7 +118,7 @@ def split_by_hand(model: nn.Module) -> Iterator[None]:
 
 def _entering(forward: Callable[..., Any], device: torch.device, crossed: dict[str, Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        vram.runtime(device).set_device(device)
+        device_memory.runtime(device).set_device(device)
         moved = {key: _on(device, value) for key, value in kwargs.items()}
         crossed.clear()
         crossed.update({key: moved[key] for key in kwargs if moved[key] is not kwargs[key] and key != "hidden_states"})
@@ -138,7 +138,7 @@ def _coming_home(forward: Callable[..., Any], home: torch.device) -> Callable[..
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        vram.runtime(home).set_device(home)
+        device_memory.runtime(home).set_device(home)
         output["logits"] = _on(home, output["logits"])
         return output
 

@@ -38,7 +38,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scope:
+class Container:
     """A module with blocks below it, whose own code runs between them.
 
     Attributes:
@@ -68,22 +68,21 @@ class Placement:
 
     Attributes:
         stages: in the order of execution, as far as the order of registration tells it.
-        scopes: outermost first.
-        bare: names of the modules inside blocks whose hooks have nothing to do there.
-        doors: modules inside blocks that may be called from outside as well: embeddings (``get_input_embeddings()``),
-            and all of a submodel on one device but the insides of its layers. They align their inputs too.
+        containers: outermost first.
+        unhooked: names of the modules inside blocks whose hooks have nothing to do there.
+        entry_points: modules inside blocks that may be called from outside as well: embeddings
+            (``get_input_embeddings()``), and all of a submodel on one device but the insides of its layers. They align
+            their inputs too.
         reason: one sentence on why there is nothing to shard; "" if there is.
         hooks_are_stale: weights are not where the hooks send the inputs, as after ``model.to()``: only we can run it.
-        is_alone: all of it is on one GPU. There is nothing to shard, but `scopes` are what may run as graphs.
     """
 
     stages: tuple[Stage, ...] = ()
-    scopes: tuple[Scope, ...] = ()
-    bare: tuple[str, ...] = ()
-    doors: tuple[Block, ...] = ()
+    containers: tuple[Container, ...] = ()
+    unhooked: tuple[str, ...] = ()
+    entry_points: tuple[Block, ...] = ()
     reason: str = ""
     hooks_are_stale: bool = False
-    is_alone: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -96,9 +95,14 @@ class Placement:
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
 
     @property
+    def is_one_block(self) -> bool:
+        """Whether all of it is one block on one GPU: there is nothing to shard, but decode steps may be graphs."""
+        return bool(self.containers) and self.blocks[0].name == ""
+
+    @property
     def main_device(self) -> torch.device | None:
         """Where the inputs enter: what the model's hook says, else the first stage's device. None without stages."""
-        hooked = (scope.device for scope in self.scopes if scope.device is not None)
+        hooked = (container.device for container in self.containers if container.device is not None)
         return next(hooked, self.stages[0].device if self.stages else None)
 
     def describe(self) -> str:
@@ -156,15 +160,15 @@ class _Facts:
 
 
 class _Reader:
-    """One reading of one model: facts bottom-up, then blocks and scopes top-down."""
+    """One reading of one model: facts bottom-up, then blocks and containers top-down."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.facts: dict[nn.Module, _Facts] = {}
         self.modules: dict[Block, nn.Module] = {}  # in the order of registration
-        self.scopes: list[Scope] = []
-        self.bare: list[str] = []
-        self.doors: list[Block] = []
+        self.containers: list[Container] = []
+        self.unhooked: list[str] = []
+        self.entry_points: list[Block] = []
         self.seen: set[nn.Module] = set()
 
     def placement(self) -> Placement:
@@ -174,12 +178,12 @@ class _Reader:
         reason, alone = self._reason(), self._alone_on()
         if alone is not None:
             block = Block("", alone, weight=self.facts[self.model].weight)
-            return Placement((Stage(alone, (block,)),), self._repliers(), reason=reason, is_alone=True)
+            return Placement((Stage(alone, (block,)),), self._repliers(), reason=reason)
         return Placement(
             stages=self._stages(),
-            scopes=self._scopes_that_return(),
-            bare=tuple(self.bare),
-            doors=tuple(self.doors),
+            containers=self._containers_that_return(),
+            unhooked=tuple(self.unhooked),
+            entry_points=tuple(self.entry_points),
             reason=reason,
             hooks_are_stale=self.facts[self.model].stale,
         )
@@ -207,7 +211,7 @@ class _Reader:
         return self.facts[module]
 
     def _walk(self, module: nn.Module, name: str) -> bool:
-        """Note the blocks and scopes at and below `module`; True if there is a block among them."""
+        """Note the blocks and containers at and below `module`; True if there is a block among them."""
         if module in self.seen:
             return True
         self.seen.add(module)
@@ -216,12 +220,12 @@ class _Reader:
         if is_called and hooked and self.facts[module].device is not None:
             self._add_block(module, name)
             return True
-        position = len(self.scopes)
+        position = len(self.containers)
         found = False
         for child_name, child in module.named_children():
             found |= self._walk(child, join(name, child_name))
         if found and is_called and (not hasattr(module, "_hf_hook") or is_plainly_hooked(module)):
-            self.scopes.insert(position, _scope(module, name))
+            self.containers.insert(position, _container(module, name))
         return found
 
     def _add_block(self, module: nn.Module, name: str) -> None:
@@ -241,9 +245,9 @@ class _Reader:
             list_above = self._outermost_list(full_name)
             inside_a_layer = bool(list_above) and full_name.count(".") > list_above.count(".") + 1
             if isinstance(inner, nn.Embedding) or (_is_called(inner) and not inside_a_layer):
-                self.doors.append(Block(full_name, facts.device))
+                self.entry_points.append(Block(full_name, facts.device))
             else:
-                self.bare.append(full_name)
+                self.unhooked.append(full_name)
 
     def _settle_returns(self) -> None:
         """Decide which outputs return, for the dispatchers that send each block's output back to where its input was.
@@ -299,13 +303,13 @@ class _Reader:
                     run.append(block)
         return tuple(Stage(run[0].device, tuple(run)) for run in runs)
 
-    def _scopes_that_return(self) -> tuple[Scope, ...]:
+    def _containers_that_return(self) -> tuple[Container, ...]:
         """Where every block used to bring its output back, the model as a whole still does: its logits come home.
 
         `simple_dispatch_model` of AutoGPTQ and GPTQModel hooks the entries of the device map and nothing above them.
         """
         blocks_return = any(block.io_same_device for block in self.modules)
-        return tuple(dataclasses.replace(scope, returns=scope.returns or blocks_return) for scope in self.scopes)
+        return tuple(dataclasses.replace(each, returns=each.returns or blocks_return) for each in self.containers)
 
     def _alone_on(self) -> torch.device | None:
         """The one GPU that all of a model is on that writes replies; else None."""
@@ -315,11 +319,11 @@ class _Reader:
             return None
         return device if hasattr(getattr(torch, device.type), "set_device") and self._repliers() else None
 
-    def _repliers(self) -> tuple[Scope, ...]:
-        """The modules that have a `generate` of their own, as scopes that move nothing."""
+    def _repliers(self) -> tuple[Container, ...]:
+        """The modules that have a `generate` of their own, as containers that move nothing."""
         named = self.model.named_modules()
         return tuple(
-            dataclasses.replace(_scope(module, name), device=None, returns=False)
+            dataclasses.replace(_container(module, name), device=None, returns=False)
             for name, module in named
             if callable(getattr(type(module), "generate", None))
         )
@@ -369,13 +373,13 @@ def is_plainly_hooked(module: nn.Module) -> bool:
     return bool(getattr(function, "__globals__", {}).get("__name__") == AlignDevicesHook.__module__)
 
 
-def _scope(module: nn.Module, name: str) -> Scope:
+def _container(module: nn.Module, name: str) -> Container:
     hook = getattr(module, "_hf_hook", None)
     names = {CACHE_NAME}
     for declared in (getattr(hook, "skip_keys", None), getattr(module, "_skip_keys_device_placement", None)):
         names.update([declared] if isinstance(declared, str) else declared or ())
     execution = None if hook is None else hook.execution_device
-    return Scope(
+    return Container(
         name=name,
         device=None if execution is None else _device(execution),
         returns=hook is not None and hook.io_same_device,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -37,16 +38,22 @@ class Traffic:
 
 
 class _ThreadTotals(threading.local):
+    """What this thread has counted so far."""
+
     bytes = 0
     copies = 0
 
 
 class TrafficCounter:
-    """Counts copies between devices; threads may count at the same time."""
+    """Counts copies between devices; threads may count at the same time.
+
+    Attributes:
+        of_this_thread: `bytes` and `copies` that the thread that asks has counted so far.
+    """
 
     def __init__(self) -> None:
+        self.of_this_thread = _ThreadTotals()
         self._lock = threading.Lock()
-        self._thread = _ThreadTotals()
         self._copies: dict[tuple[torch.device, torch.device], int] = {}
         self._bytes: dict[tuple[torch.device, torch.device], int] = {}
 
@@ -56,12 +63,14 @@ class TrafficCounter:
         with self._lock:
             self._copies[pair] = self._copies.get(pair, 0) + 1
             self._bytes[pair] = self._bytes.get(pair, 0) + size
-        self._thread.bytes += size
-        self._thread.copies += 1
+        mine = self.of_this_thread
+        mine.bytes += size
+        mine.copies += 1
 
-    def of_this_thread(self) -> tuple[int, int]:
-        """Bytes and copies that this thread has counted so far."""
-        return self._thread.bytes, self._thread.copies
+    def add_all(self, crossing: list[tuple[torch.device, torch.device, int]]) -> None:
+        """Count copies: of each the devices, from and to, and the bytes."""
+        for source, target, size in crossing:
+            self.add(source, target, size)
 
     def read(self) -> Traffic:
         """All that has been counted so far."""
@@ -81,19 +90,19 @@ class _Copy:
 
     Attributes:
         source_version, copy_version: count the changes in place; None for inference tensors, which do not count them.
-        turn: the device's turn in which the copy was made.
+        visit: the number of the visit to a device in which the copy was made.
     """
 
     source: weakref.ref[Tensor]
     source_version: int | None
     copy: Tensor
     copy_version: int | None
-    turn: int
+    visit: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Inputs:
-    """Keyword arguments of a module whose tensors all have copies on its device: what every block of a model is given.
+    """Keyword arguments of a module, and its tensors on its device: what every block of a model is given.
 
     Attributes:
         device: where the module is.
@@ -107,23 +116,14 @@ class _Inputs:
     moved: dict[str, Any]
     records: list[_Copy]
 
-    def come_again(self, kwargs: dict[str, Any]) -> bool:
-        """Whether `kwargs` are the same objects under the same names, in the same order."""
-        given = self.given
-        return (
-            len(given) == len(kwargs)
-            and all(map(operator.is_, given.values(), kwargs.values()))
-            and all(map(operator.eq, given, kwargs))
-        )
 
-
-class Forward:
-    """One forward of a model in one thread: its memo of transfers and the device whose turn it is.
+class ForwardState:
+    """One forward of a model in one thread: its memo of transfers and its current device.
 
     Whoever makes one closes it, after an exception too.
 
     Args:
-        owner: identity of the scope that opened it.
+        owner: identity of what opened it.
         counter: counts the copies.
     """
 
@@ -133,8 +133,8 @@ class Forward:
         self._counter = counter
         self._memo: dict[tuple[int, torch.device], _Copy] = {}
         self._home: tuple[Any, int] | None = None  # torch.cuda or its like, and the caller's current device
-        self.device: torch.device | None = None  # whose turn it is
-        self._turns = 0
+        self.device: torch.device | None = None  # the current one
+        self._visits = 0
         self._shared: _Inputs | None = None
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class Forward:
         """Make `device` current, so that no kernel launched there has to switch."""
         if device == self.device:
             return
-        self._turns += 1
+        self._visits += 1
         self.device = device
         self._shared = None
         if device.type == "cpu":
@@ -178,18 +178,23 @@ class Forward:
         if kind == "tensor":
             return value if value.device == device else self._copy(value, device)
         if kind == "sequence":
-            moved = [self.move(item, device, keep) for item in value]
-            for new, old in zip(moved, value, strict=True):
-                if new is not old:
-                    return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-            return value
+            items, is_moved = [], False
+            for item in value:
+                new = self.move(item, device, keep)
+                items.append(new)
+                is_moved = is_moved or new is not item
+            if not is_moved:
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if kind == "mapping":
-            return _rebuilt(
-                value, {k: item if k in keep else self.move(item, device, keep) for k, item in value.items()}
-            )
+            changed = {}
+            for key, item in value.items():
+                if key not in keep and (new := self.move(item, device, keep)) is not item:
+                    changed[key] = new
+            return _with_changed(value, changed) if changed else value
         for tensor in tensors_in(value):
             if tensor.device != device:
-                self._count(tensor, device)
+                self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
         return value.to(device)
 
     def move_inputs(
@@ -202,14 +207,19 @@ class Forward:
         """
         for value in args:
             if _kinds[type(value)] != "tensor" or value.device != device:
-                args = tuple([self.move(value, device, keep) for value in args])
+                moved_args = []
+                for each in args:
+                    moved_args.append(self.move(each, device, keep))
+                args = tuple(moved_args)
                 break
         shared = self._shared
         if (
             shared is not None
             and not keep
             and shared.device == device
-            and shared.come_again(kwargs)
+            and len(shared.given) == len(kwargs)  # the same objects under the same names, in the same order
+            and all(map(operator.is_, shared.given.values(), kwargs.values()))
+            and all(map(operator.eq, shared.given, kwargs))
             and all(map(self._is_good, shared.records))
         ):
             return args, shared.moved
@@ -217,12 +227,7 @@ class Forward:
         moved = kwargs
         for key, value in kwargs.items():
             kind = _kinds[type(value)]
-            if (
-                kind == "inert"
-                or (kind == "tensor" and value.device == device)
-                or (kind == "sequence" and _are_tensors_on(device, value))
-                or key in keep
-            ):
+            if kind == "inert" or (kind == "tensor" and value.device == device) or key in keep:
                 continue
             new = self.move(value, device, keep)
             if new is not value:
@@ -230,7 +235,7 @@ class Forward:
                     moved = dict(kwargs)
                 moved[key] = new
         # What crossed just now may be a hidden state, which is not ours to hold, and will not come again.
-        is_known = moved is not kwargs and not keep and len(self._memo) == known
+        is_known = not keep and len(self._memo) == known
         self._shared = self._as_shared(kwargs, moved, device) if is_known else None
         return args, moved
 
@@ -245,6 +250,8 @@ class Forward:
                 return None
             pairs = [(value, moved[key])] if kind == "tensor" else zip(value, moved[key], strict=True)
             for source, copy in pairs:
+                if source is copy and isinstance(source, Tensor):
+                    continue  # it is there
                 record = self._memo.get((id(source), device))
                 if record is None or record.copy is not copy:
                     return None
@@ -254,7 +261,7 @@ class Forward:
     def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
         """An output on `device`, but for what `keep` names in it.
 
-        A tensor that was brought home has a twin where it came from: the next block there takes that.
+        A tensor that was brought home is known where it came from: the next block there takes that.
         """
         if isinstance(output, Tensor):
             moved: Tensor = self.move(output, device)
@@ -272,48 +279,35 @@ class Forward:
             return copy
         # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
         copy = tensor.to(device, non_blocking=tensor.device.type == device.type)
-        self._count(tensor, device)
+        self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
         self._remember(tensor, device, copy)
         return copy
 
     def _is_good(self, known: _Copy) -> bool:
         """Whether neither the source nor the copy was changed, and the copy carries the gradient that is wanted now.
 
-        Of what does not count its changes a copy is good while one device has its turn, since nothing that runs on the
-        others can have changed it meanwhile.
+        Of what does not count its changes a copy is good while one device is current: what runs there cannot have
+        changed it on the others.
         """
-        source, copy, is_same_turn = known.source(), known.copy, known.turn == self._turns
+        source, copy, is_same_visit = known.source(), known.copy, known.visit == self._visits
         return (
             source is not None
-            and (is_same_turn if known.source_version is None else source._version == known.source_version)
+            and (is_same_visit if known.source_version is None else source._version == known.source_version)
             and (
-                is_same_turn and torch.is_inference_mode_enabled()
+                is_same_visit and torch.is_inference_mode_enabled()
                 if known.copy_version is None
                 else copy._version == known.copy_version
             )
             and (not source.requires_grad or copy.requires_grad or not torch.is_grad_enabled())
         )
 
-    def _count(self, tensor: Tensor, device: torch.device) -> None:
-        self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
-
     def _remember(self, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
-        key, memo = (id(tensor), device), self._memo
+        key = (id(tensor), device)
         # The record ends with its source, before the id can be another tensor's.
-        source = weakref.ref(tensor, lambda _: memo.pop(key, None))
-        memo[key] = _Copy(source, _version(tensor), copy, _version(copy), self._turns)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _are_tensors_on(device: torch.device, values: Iterable[Any]) -> bool:
-    """Whether all of `values` are tensors on `device`."""
-    for value in values:  # noqa: SIM110 (a generator takes twice as long, and every block asks)
-        if _kinds[type(value)] != "tensor" or value.device != device:
-            return False
-    return True
+        source = weakref.ref(tensor, functools.partial(self._memo.pop, key))  # the weak reference is the default
+        version = None if tensor.is_inference() else tensor._version
+        copy_version = None if copy.is_inference() else copy._version
+        self._memo[key] = _Copy(source, version, copy, copy_version, self._visits)
 
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -355,29 +349,21 @@ class _Kinds(dict[type, Literal["tensor", "sequence", "self-moving", "mapping", 
 _kinds = _Kinds()
 
 
-def _rebuilt(old: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping like `old` with other items; `old` itself if they are the same."""
-    if all(items[key] is item for key, item in old.items()):
-        return old
-    if not _has_only_fields(old):
-        return type(old)(items)  # type: ignore[call-arg]
-    # An output of transformers, whose constructor takes 40 us: as long as the copy of the logits.
+def _with_changed(old: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
+    """A mapping like `old` with some items changed."""
+    fields = getattr(type(old), "__dataclass_fields__", None)
+    is_plain_output = fields is not None and isinstance(old, dict) and vars(old).keys() == fields.keys()
+    if is_plain_output:  # an output of transformers: is nothing in it but its fields, each of them an item or None?
+        for name, value in vars(old).items():
+            is_plain_output = is_plain_output and (value is None or old.get(name) is value)
+    if not is_plain_output:
+        return type(old)({**old, **changed})  # type: ignore[call-arg]
+    # Its constructor takes 40 us: as long as the copy of the logits.
     new: Any = type(old).__new__(type(old))
     vars(new).update(vars(old))
-    for key, item in items.items():
-        new[key] = item
+    for key, item in old.items():
+        new[key] = changed.get(key, item)
     return new
-
-
-def _has_only_fields(output: Any) -> bool:
-    """Whether it is an output of transformers in which nothing is but its fields, each of them an item or None."""
-    fields = getattr(type(output), "__dataclass_fields__", None)
-    return (
-        fields is not None
-        and isinstance(output, dict)
-        and vars(output).keys() == fields.keys()
-        and all(value is None or output.get(name) is value for name, value in vars(output).items())
-    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

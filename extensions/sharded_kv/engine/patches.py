@@ -15,25 +15,25 @@ from torch import nn
 _MISSING = object()
 
 
-class Installed(functools.partial):  # type: ignore[type-arg]
+class Wrapped(functools.partial):  # type: ignore[type-arg]
     """A callable of ours in an attribute of a module.
 
     It owns the record of what stood there before: so only the module itself keeps its own attributes alive, and a
     wrapper around a model dies though the model lives.
     """
 
-    swap: Swap
+    patch: Patch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The deep copy of a model is as the model was before: with what stood here, bound to the copy."""
-        return self.swap.before_for(copy.deepcopy(self.swap.owner, memo), memo)
+        return self.patch.before_for(copy.deepcopy(self.patch.owner, memo), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """So is a pickled one."""
-        return self.swap.reduced()
+        return self.patch.reduced()
 
 
-class Swap:
+class Patch:
     """One attribute of one module.
 
     Args:
@@ -42,12 +42,12 @@ class Swap:
         ours: what stands there while it is installed.
     """
 
-    def __init__(self, owner: nn.Module, name: str, ours: Installed) -> None:
+    def __init__(self, owner: nn.Module, name: str, ours: Wrapped) -> None:
         self.owner = owner
         self.name = name
         self.ours = ours
         self._before: Any = _MISSING  # what stood among the instance's own attributes; missing if the class's was used
-        ours.swap = self
+        ours.patch = self
 
     @property
     def in_place(self) -> bool:
@@ -88,7 +88,7 @@ class Swap:
         return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
 
 
-class Unhooking(Swap):
+class UnhookPatch(Patch):
     """A module's hooked forward, taken away, so that a call finds the one of its class.
 
     That is the quickest there is: with anything in its place, even the bound method itself, a decode step of Llama took
@@ -98,7 +98,7 @@ class Unhooking(Swap):
 
     def __init__(self, owner: nn.Module) -> None:
         below: Any = owner._old_forward
-        super().__init__(owner, "_old_forward", passing_on(below))
+        super().__init__(owner, "_old_forward", wrap(below))
         self._hooked: Any = None
 
     @staticmethod
@@ -148,46 +148,46 @@ def _bound(function: Any, owner: nn.Module) -> Any:
     return types.MethodType(function, owner)
 
 
-class Installation:
+class PatchSet:
     """All that is installed together on one model. It refers to the model weakly.
 
     Args:
-        swaps: in the order in which they may take effect one by one, while another thread runs the model.
+        patches: in the order in which they may take effect one by one, while another thread runs the model.
     """
 
-    def __init__(self, swaps: Iterable[Swap] = ()) -> None:
-        swaps = list(swaps)
-        self._swaps = [weakref.ref(swap) for swap in swaps]
+    def __init__(self, patches: Iterable[Patch] = ()) -> None:
+        patches = list(patches)
+        self._patches = [weakref.ref(patch) for patch in patches]
         try:
-            for swap in swaps:
-                swap.install()
+            for patch in patches:
+                patch.install()
         except BaseException:  # all or none
             self.restore()
             raise
 
     def restore(self) -> None:
         """Put back all that was there, in the opposite order."""
-        for reference in reversed(self._swaps):
-            swap = reference()
-            if swap is not None:
-                swap.restore()
+        for reference in reversed(self._patches):
+            patch = reference()
+            if patch is not None:
+                patch.restore()
 
 
-def installed(run: Callable[..., Any], *first: Any, like: Callable[..., Any]) -> Installed:
+def wrap_like(run: Callable[..., Any], *first: Any, like: Callable[..., Any]) -> Wrapped:
     """`run` with its first arguments, with the name and signature of `like`.
 
     generate() asks `model.forward` for its signature (position_ids, logits_to_keep): it must see the model's own.
     """
-    ours = passing_on(run, *first)
+    ours = wrap(run, *first)
     functools.update_wrapper(ours, like)
     return ours
 
 
-def passing_on(run: Callable[..., Any], *first: Any) -> Installed:
+def wrap(run: Callable[..., Any], *first: Any) -> Wrapped:
     """`run` with its first arguments and nothing around it.
 
     Of a bound method its function and owner are taken, which spares every call one more.
     """
     if isinstance(run, types.MethodType):
-        return Installed(run.__func__, run.__self__, *first)
-    return Installed(run, *first)
+        return Wrapped(run.__func__, run.__self__, *first)
+    return Wrapped(run, *first)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .observer import Observer
-from .sharding import Sharding
+from ..sharding import Sharding
+from .copies import Observer
 
 # Each setting replies once to be counted, which also warms it up, and this often to be timed.
 ROUNDS = 5
@@ -69,7 +69,7 @@ class Cancelled(Exception):
     """Measuring was stopped, by whoever was asked between two tokens."""
 
 
-def measure(
+def compare(
     model: Any,
     sharding: Sharding,
     inputs: Any,

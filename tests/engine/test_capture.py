@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from extensions.sharded_kv.engine.tape import CannotCapture, Capture, Tape, Watch
+from extensions.sharded_kv.engine.graphs.capture import Capture, CapturedStep
+from extensions.sharded_kv.engine.graphs.trace import CannotCapture, OpTrace
 from extensions.sharded_kv.engine.transfers import tensors_in
 from tests import support
 
 NAN = float("nan")
 
 Step = Callable[[], Any]
-Recorder = Callable[[Step], tuple[Tape, Any]]
+Recorder = Callable[[Step], tuple[CapturedStep, Any]]
 
 
 @pytest.fixture
@@ -44,37 +45,37 @@ def recorder(devices: support.Devices) -> Callable[[], Capture]:
 
 @pytest.fixture
 def capture(recorder: Callable[[], Capture]) -> Iterator[Recorder]:
-    """Captures a step: the tape, and what the step returned."""
-    tapes = []
+    """Captures a step: the captured, and what the step returned."""
+    all_captured = []
 
-    def run(step: Step) -> tuple[Tape, Any]:
+    def run(step: Step) -> tuple[CapturedStep, Any]:
         under_way = recorder()
         with torch.no_grad(), under_way.recording():
             output = step()
-        tapes.append(under_way.tape(list(tensors_in(output))))
-        return tapes[-1], output
+        all_captured.append(under_way.captured(list(tensors_in(output))))
+        return all_captured[-1], output
 
     yield run
-    for tape in tapes:
-        tape.free()
+    for captured in all_captured:
+        captured.free()
 
 
-def notes(step: Step) -> list[Any]:
-    with torch.no_grad(), Watch() as watch:
+def ops(step: Step) -> list[Any]:
+    with torch.no_grad(), OpTrace() as trace:
         step()
-    return watch.notes
+    return trace.ops
 
 
 def grid(device: torch.device, rows: int = 4, columns: int = 4) -> Tensor:
     return torch.arange(float(rows * columns), device=device).reshape(rows, columns)
 
 
-def places(tape: Tape) -> list[torch.device]:
-    return [segment.device for segment in tape.segments]
+def places(captured: CapturedStep) -> list[torch.device]:
+    return [segment.device for segment in captured.segments]
 
 
-def ways(tape: Tape) -> list[tuple[torch.device, torch.device]]:
-    return [(transfer.source.device, transfer.target.device) for transfer in tape.transfers]
+def ways(captured: CapturedStep) -> list[tuple[torch.device, torch.device]]:
+    return [(transfer.source.device, transfer.target.device) for transfer in captured.transfers]
 
 
 def reuse_free_memory(device: torch.device) -> list[Tensor]:
@@ -85,23 +86,23 @@ def reuse_free_memory(device: torch.device) -> list[Tensor]:
 # Notes ------------------------------------------------------------------------------------------------------------
 
 
-def test_two_equal_steps_have_equal_notes(here: torch.device) -> None:
+def test_two_equal_steps_have_equal_operators(here: torch.device) -> None:
     x, weight = grid(here), grid(here)
     step = lambda: F.softmax((x @ weight + 1)[:, :3], -1).transpose(0, 1).contiguous()  # noqa: E731
-    assert notes(step) == notes(step) != []
+    assert ops(step) == ops(step) != []
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [(1, 2), (1, 1.0), (1, True), (0.5, 0.25), (0.0, -0.0), (1.0, NAN)], ids=str
 )
-def test_another_number_that_is_added_makes_other_notes(here: torch.device, first: Any, second: Any) -> None:
+def test_another_number_that_is_added_makes_other_operators(here: torch.device, first: Any, second: Any) -> None:
     x = grid(here)
-    assert notes(lambda: x + first) != notes(lambda: x + second)
+    assert ops(lambda: x + first) != ops(lambda: x + second)
 
 
-def test_the_same_number_makes_the_same_notes_even_if_it_is_nan(here: torch.device) -> None:
+def test_the_same_number_makes_the_same_operators_even_if_it_is_nan(here: torch.device) -> None:
     x = grid(here)
-    assert notes(lambda: x + float("nan")) == notes(lambda: x + float("nan"))
+    assert ops(lambda: x + float("nan")) == ops(lambda: x + float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -119,9 +120,9 @@ def test_the_same_number_makes_the_same_notes_even_if_it_is_nan(here: torch.devi
     ],
     ids="slice select narrow arange full dim compare setitem cat".split(),
 )
-def test_a_number_that_grows_makes_other_notes(here: torch.device, step: Callable[[Tensor, int], Any]) -> None:
+def test_a_number_that_grows_makes_other_operators(here: torch.device, step: Callable[[Tensor, int], Any]) -> None:
     x = grid(here)
-    assert notes(lambda: step(x, 2)) != notes(lambda: step(x, 3))
+    assert ops(lambda: step(x, 2)) != ops(lambda: step(x, 3))
 
 
 @pytest.mark.parametrize(
@@ -133,23 +134,23 @@ def test_a_number_that_grows_makes_other_notes(here: torch.device, step: Callabl
     ],
     ids="tensor new_tensor list".split(),
 )
-def test_a_number_in_a_tensor_made_on_the_device_makes_other_notes_or_is_refused(
+def test_a_number_in_a_tensor_made_on_the_device_makes_other_operators_or_is_refused(
     here: torch.device, step: Callable[[Tensor, int], Any]
 ) -> None:
     x = grid(here)
     try:
-        seen = [notes(lambda number=number: step(x, number)) for number in range(4)]
+        seen = [ops(lambda number=number: step(x, number)) for number in range(4)]
     except CannotCapture:
         return
     assert all(one != other for one, other in itertools.combinations(seen, 2))
 
 
-def test_another_tensor_of_the_same_shape_makes_other_notes(here: torch.device) -> None:
+def test_another_tensor_of_the_same_shape_makes_other_operators(here: torch.device) -> None:
     x, weight, adapted = grid(here), grid(here), grid(here)
-    assert notes(lambda: x @ weight) != notes(lambda: x @ adapted)
+    assert ops(lambda: x @ weight) != ops(lambda: x @ adapted)
 
 
-def test_a_result_of_the_step_before_makes_other_notes(here: torch.device) -> None:
+def test_a_result_of_the_step_before_makes_other_operators(here: torch.device) -> None:
     x = grid(here)
     kept: list[Tensor] = []
 
@@ -158,40 +159,40 @@ def test_a_result_of_the_step_before_makes_other_notes(here: torch.device) -> No
             kept.append(x * 2)
         x.add(kept[0])
 
-    assert notes(step) != notes(step)
+    assert ops(step) != ops(step)
 
 
-def test_other_contents_make_the_same_notes(here: torch.device) -> None:
+def test_other_contents_make_the_same_operators(here: torch.device) -> None:
     x = grid(here)
-    before = notes(lambda: x * 2)
+    before = ops(lambda: x * 2)
     x.add_(1)
-    assert notes(lambda: x * 2) == before
+    assert ops(lambda: x * 2) == before
 
 
-def test_results_in_another_order_make_other_notes(here: torch.device) -> None:
+def test_results_in_another_order_make_other_operators(here: torch.device) -> None:
     x = grid(here)
 
     def step(order: int) -> Tensor:
         pair = (x + 1, x + 2)
         return pair[order] - pair[1 - order]
 
-    assert notes(lambda: step(0)) != notes(lambda: step(1))
+    assert ops(lambda: step(0)) != ops(lambda: step(1))
 
 
-def test_another_value_on_the_cpu_makes_other_notes(here: torch.device) -> None:
+def test_another_value_on_the_cpu_makes_other_operators(here: torch.device) -> None:
     x = grid(here)
-    assert notes(lambda: x * torch.tensor(2.0)) != notes(lambda: x * torch.tensor(3.0))
+    assert ops(lambda: x * torch.tensor(2.0)) != ops(lambda: x * torch.tensor(3.0))
 
 
-def test_the_same_value_on_the_cpu_makes_the_same_notes(here: torch.device) -> None:
+def test_the_same_value_on_the_cpu_makes_the_same_operators(here: torch.device) -> None:
     x = grid(here)
-    assert notes(lambda: x * torch.tensor(2.0)) == notes(lambda: x * torch.tensor(2.0))
+    assert ops(lambda: x * torch.tensor(2.0)) == ops(lambda: x * torch.tensor(2.0))
 
 
 def test_a_large_tensor_on_the_cpu_is_refused(here: torch.device) -> None:
     large = torch.ones(2000)
     with pytest.raises(CannotCapture, match=r"on the CPU, of the shape \(2000,\)"):
-        notes(lambda: large.to(here))
+        ops(lambda: large.to(here))
 
 
 # What a graph cannot repeat ---------------------------------------------------------------------------------------
@@ -214,14 +215,14 @@ def test_a_large_tensor_on_the_cpu_is_refused(here: torch.device) -> None:
 def test_what_depends_on_values_of_a_gpu_is_refused(here: torch.device, read: Callable[[Tensor], Any]) -> None:
     x = grid(here)
     with pytest.raises(CannotCapture, match="reads back"):
-        notes(lambda: read(x))
+        ops(lambda: read(x))
 
 
 @pytest.mark.parametrize(
     "read", [lambda x: x[0, 0].item(), lambda x: x.nonzero(), lambda x: x[x > 0]], ids="item nonzero mask".split()
 )
 def test_what_depends_on_values_of_the_cpu_is_not_refused(here: torch.device, read: Callable[[Tensor], Any]) -> None:
-    assert notes(lambda: read(torch.ones(2, 2)))
+    assert ops(lambda: read(torch.ones(2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_what_depends_on_values_of_the_cpu_is_not_refused(here: torch.device, re
 )
 def test_an_index_of_integers_is_not_refused(here: torch.device, index: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, rows = grid(here), torch.tensor([2, 0], device=here)
-    assert notes(lambda: index(x, rows))
+    assert ops(lambda: index(x, rows))
 
 
 @pytest.mark.parametrize(
@@ -246,23 +247,23 @@ def test_an_index_of_integers_is_not_refused(here: torch.device, index: Callable
 def test_random_numbers_are_refused(here: torch.device, draw: Callable[[Tensor], Any]) -> None:
     x = grid(here)
     with pytest.raises(CannotCapture, match="random numbers"):
-        notes(lambda: draw(x))
+        ops(lambda: draw(x))
 
 
 def test_dropout_in_a_model_that_is_not_training_is_not_refused(here: torch.device) -> None:
     x, dropout = grid(here), torch.nn.Dropout(0.5).eval()
-    assert notes(lambda: dropout(x) + 1)
+    assert ops(lambda: dropout(x) + 1)
 
 
 def test_attention_without_dropout_is_not_refused(here: torch.device) -> None:
     x = grid(here, 8, 8)[None, None]
-    assert notes(lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.0))
+    assert ops(lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.0))
 
 
 def test_attention_with_dropout_is_refused(here: torch.device) -> None:
     x = grid(here, 8, 8)[None, None]
     with pytest.raises(CannotCapture, match="random numbers"):
-        notes(lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5))
+        ops(lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5))
 
 
 @pytest.mark.parametrize(
@@ -285,9 +286,9 @@ def test_an_operator_on_two_devices_is_refused(here: torch.device, there: torch.
 
 def test_a_step_on_one_device_is_one_segment(here: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, _ = capture(lambda: (x * 2 + 1).softmax(-1))
-    assert places(tape) == [here]
-    assert tape.transfers == ()
+    captured, _ = capture(lambda: (x * 2 + 1).softmax(-1))
+    assert places(captured) == [here]
+    assert captured.transfers == ()
 
 
 @pytest.mark.parametrize(
@@ -308,23 +309,23 @@ def test_a_replay_computes_from_what_inputs_hold_now(
 ) -> None:
     x = grid(here)
     step(x)
-    tape, output = capture(lambda: step(x))
+    captured, output = capture(lambda: step(x))
     x.sub_(3)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), step(x).cpu())
 
 
 @pytest.mark.parametrize("view", [lambda x: x[1], lambda x: x.t(), lambda x: x.view(-1), lambda x: x.expand(2, 4, 4)])
 def test_views_alone_open_no_segment(here: torch.device, capture: Recorder, view: Any) -> None:
     x = grid(here)
-    tape, output = capture(lambda: view(x))
+    captured, output = capture(lambda: view(x))
     x.sub_(3)
-    tape.replay()
-    assert tape.segments == ()
+    captured.replay()
+    assert captured.segments == ()
     assert torch.equal(output.cpu(), view(x).cpu())
 
 
-def test_a_watch_and_a_capture_of_one_step_have_equal_notes(
+def test_a_trace_and_a_capture_of_one_step_have_equal_operators(
     here: torch.device, there: torch.device, recorder: Callable[[], Capture]
 ) -> None:
     x, weight = grid(here), grid(there)
@@ -332,37 +333,37 @@ def test_a_watch_and_a_capture_of_one_step_have_equal_notes(
     under_way = recorder()
     with torch.no_grad(), under_way.recording():
         step()
-    assert under_way.notes == notes(step)
+    assert under_way.ops == ops(step)
 
 
 def test_a_static_buffer_is_written_at_each_replay(here: torch.device, capture: Recorder) -> None:
     buffer, position, new = torch.zeros(4, device=here), torch.tensor([1], device=here), torch.ones(1, device=here)
-    tape, output = capture(lambda: buffer.index_copy_(0, position, new * 2).sum())
+    captured, output = capture(lambda: buffer.index_copy_(0, position, new * 2).sum())
     sums = []
     for place in (1, 3):
         position.fill_(place)
         new.fill_(place)
-        tape.replay()
+        captured.replay()
         sums.append(output.item())
     assert buffer.tolist() == [0, 2, 0, 6]
     assert sums == [2, 8]
 
 
-# A simulated capture writes it once more than a real one: engine/tape.py is right, tools/simulated/graphs.py is not.
+# A simulated capture writes it once more than a real one: engine/graphs is right, tools/simulated/graphs.py is not.
 def test_what_adds_to_a_static_buffer_adds_once_for_each_replay(here: torch.device, capture: Recorder) -> None:
     total, x = torch.zeros(2, device=here), torch.ones(2, device=here)
-    tape, _ = capture(lambda: total.add_(x * 1))
-    tape.replay()
-    tape.replay()
+    captured, _ = capture(lambda: total.add_(x * 1))
+    captured.replay()
+    captured.replay()
     assert total.tolist() == [2, 2]
 
 
 def test_a_replay_inside_inference_mode_of_a_capture_outside(here: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, output = capture(lambda: (x + 1) * 2)
+    captured, output = capture(lambda: (x + 1) * 2)
     x.add_(1)
     with torch.inference_mode():
-        tape.replay()
+        captured.replay()
     assert torch.equal(output.cpu(), (x.cpu() + 1) * 2)
 
 
@@ -375,11 +376,11 @@ def test_a_step_that_enters_inference_mode_is_right_or_refused(here: torch.devic
             return x.t().reshape(-1)
 
     try:
-        tape, output = capture(step)
+        captured, output = capture(step)
     except CannotCapture:
         return
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), step().cpu())
 
 
@@ -390,31 +391,31 @@ def test_a_step_over_two_devices_is_a_segment_for_each_and_a_transfer_between(
     here: torch.device, there: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, _ = capture(lambda: (x + 1).to(there) * 2)
-    assert places(tape) == [here, there]
-    assert ways(tape) == [(here, there)]
+    captured, _ = capture(lambda: (x + 1).to(there) * 2)
+    assert places(captured) == [here, there]
+    assert ways(captured) == [(here, there)]
 
 
 def test_going_back_to_the_first_device_opens_another_segment(
     here: torch.device, there: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, output = capture(lambda: ((x + 1).to(there) * 2).to(here) + x)
+    captured, output = capture(lambda: ((x + 1).to(there) * 2).to(here) + x)
     x.sub_(5)
-    tape.replay()
-    assert places(tape) == [here, there, here]
-    assert ways(tape) == [(here, there), (there, here)]
+    captured.replay()
+    assert places(captured) == [here, there, here]
+    assert ways(captured) == [(here, there), (there, here)]
     assert torch.equal(output.cpu(), (x.cpu() + 1) * 2 + x.cpu())
 
 
 def test_a_third_device_has_its_own_segment(devices: support.Devices, capture: Recorder) -> None:
     first, second, third = map(torch.device, devices(3))
     x = grid(first)
-    tape, output = capture(lambda: ((x + 1).to(second) * 2).to(third) - 3)
+    captured, output = capture(lambda: ((x + 1).to(second) * 2).to(third) - 3)
     x.mul_(2)
-    tape.replay()
-    assert places(tape) == [first, second, third]
-    assert ways(tape) == [(first, second), (second, third)]
+    captured.replay()
+    assert places(captured) == [first, second, third]
+    assert ways(captured) == [(first, second), (second, third)]
     assert torch.equal(output.cpu(), (x.cpu() + 1) * 2 - 3)
 
 
@@ -422,10 +423,10 @@ def test_an_input_that_crosses_first_needs_no_segment_before(
     here: torch.device, there: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, output = capture(lambda: x.to(there) * 2)
+    captured, output = capture(lambda: x.to(there) * 2)
     x.sub_(5)
-    tape.replay()
-    assert places(tape) == [there]
+    captured.replay()
+    assert places(captured) == [there]
     assert torch.equal(output.cpu(), x.cpu() * 2)
 
 
@@ -433,9 +434,9 @@ def test_what_crosses_and_is_reshaped_is_computed_at_each_replay(
     here: torch.device, there: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, output = capture(lambda: (x + 1).to(there).transpose(0, 1).reshape(-1) * 2)
+    captured, output = capture(lambda: (x + 1).to(there).transpose(0, 1).reshape(-1) * 2)
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), (x.cpu() + 1).t().reshape(-1) * 2)
 
 
@@ -451,9 +452,9 @@ def test_a_transfer_that_nobody_reads_is_dropped(here: torch.device, there: torc
 
 def test_a_transfer_that_is_only_an_output_is_kept(here: torch.device, there: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, output = capture(lambda: (x + 1).to(there))
+    captured, output = capture(lambda: (x + 1).to(there))
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() + 1)
 
 
@@ -461,9 +462,9 @@ def test_a_transfer_of_which_only_a_view_is_read_is_kept(
     here: torch.device, there: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, output = capture(lambda: (x + 1).to(there)[1:, 2] * 2)
+    captured, output = capture(lambda: (x + 1).to(there)[1:, 2] * 2)
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), (x.cpu() + 1)[1:, 2] * 2)
 
 
@@ -471,9 +472,9 @@ def test_a_transfer_of_which_only_a_view_is_an_output_is_kept(
     here: torch.device, there: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, output = capture(lambda: (x + 1).to(there)[2])
+    captured, output = capture(lambda: (x + 1).to(there)[2])
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), (x.cpu() + 1)[2])
 
 
@@ -483,17 +484,17 @@ def test_a_transfer_into_a_static_buffer_is_kept(here: torch.device, there: torc
     def step() -> None:
         buffer.copy_(x + 1)
 
-    tape, _ = capture(step)
+    captured, _ = capture(step)
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(buffer.cpu(), x.cpu() + 1)
 
 
 def test_a_transfer_may_change_the_type(here: torch.device, there: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, output = capture(lambda: (x + 1).to(there, torch.float64) * 2)
+    captured, output = capture(lambda: (x + 1).to(there, torch.float64) * 2)
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), (x.cpu().double() + 1) * 2)
 
 
@@ -520,10 +521,10 @@ def test_a_captured_transfer_has_the_layout_of_an_eager_copy(
 
 def test_a_constant_that_comes_from_the_cpu_is_there_at_every_replay(here: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, output = capture(lambda: x + torch.tensor([1.0, 2, 3, 4]).to(here))
+    captured, output = capture(lambda: x + torch.tensor([1.0, 2, 3, 4]).to(here))
     kept = reuse_free_memory(here)
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() + torch.tensor([1.0, 2, 3, 4]))
     del kept
 
@@ -533,12 +534,12 @@ def test_a_constant_made_on_the_device_is_there_at_every_replay_or_refused(
 ) -> None:
     x = grid(here)
     try:
-        tape, output = capture(lambda: x + torch.tensor([1.0, 2, 3, 4], device=here))
+        captured, output = capture(lambda: x + torch.tensor([1.0, 2, 3, 4], device=here))
     except CannotCapture:
         return
     kept = reuse_free_memory(here)
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() + torch.tensor([1.0, 2, 3, 4]))
     del kept
 
@@ -547,9 +548,9 @@ def test_a_constant_from_the_cpu_that_is_changed_in_place_is_itself_again_at_the
     here: torch.device, capture: Recorder
 ) -> None:
     x = grid(here)
-    tape, output = capture(lambda: torch.ones(4, 4).to(here).add_(x) * 1)
-    tape.replay()
-    tape.replay()
+    captured, output = capture(lambda: torch.ones(4, 4).to(here).add_(x) * 1)
+    captured.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() + 1)
 
 
@@ -560,17 +561,17 @@ def test_a_buffer_that_is_set_from_the_cpu_is_set_at_each_replay(here: torch.dev
         buffer.copy_(torch.ones(4, 4))
         return buffer.add_(x) * 1
 
-    tape, output = capture(step)
-    tape.replay()
-    tape.replay()
+    captured, output = capture(step)
+    captured.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() + 1)
 
 
 def test_a_scalar_on_the_cpu_may_stand_beside_a_tensor(here: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, output = capture(lambda: x * torch.tensor(3.0))
+    captured, output = capture(lambda: x * torch.tensor(3.0))
     x.sub_(5)
-    tape.replay()
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() * 3)
 
 
@@ -596,8 +597,8 @@ def test_after_an_exception_no_capture_is_under_way(
     with pytest.raises((ValueError, CannotCapture)):
         capture(lambda: end(x))
     assert not devices.runtime.is_current_stream_capturing()
-    tape, output = capture(lambda: x + 1)
-    tape.replay()
+    captured, output = capture(lambda: x + 1)
+    captured.replay()
     assert torch.equal(output.cpu(), x.cpu() + 1)
 
 
@@ -665,20 +666,20 @@ def test_what_is_freed_gives_its_memory_back(devices: support.Devices, here: tor
     capture(lambda: x + 1)[0].free()  # makes what is made once for each device
     gc.collect()
     before = devices.runtime.memory_allocated(here)
-    tape, output = capture(lambda: ((x + 1) * 2).sqrt())
-    tape.replay()
+    captured, output = capture(lambda: ((x + 1) * 2).sqrt())
+    captured.replay()
     assert devices.runtime.memory_allocated(here) > before
     del output
-    tape.free()
+    captured.free()
     gc.collect()
     assert devices.runtime.memory_allocated(here) == before
 
 
-def test_a_freed_tape_has_no_parts(here: torch.device, there: torch.device, capture: Recorder) -> None:
+def test_a_freed_step_has_no_parts(here: torch.device, there: torch.device, capture: Recorder) -> None:
     x = grid(here)
-    tape, _ = capture(lambda: (x + 1).to(there) + 1)
-    tape.free()
-    assert tape.segments == tape.transfers == ()
+    captured, _ = capture(lambda: (x + 1).to(there) + 1)
+    captured.free()
+    assert captured.segments == captured.transfers == ()
 
 
 # Threads ----------------------------------------------------------------------------------------------------------
@@ -721,9 +722,9 @@ def test_captures_of_several_threads_wait_for_each_other(here: torch.device, cap
 
         barrier.wait()
         for _ in range(10):
-            tape, output = capture(step)
+            captured, output = capture(step)
             x.add_(1)
-            tape.replay()
+            captured.replay()
             assert torch.equal(output.cpu(), x.cpu() * factor + factor)
 
     assert not together(*(functools.partial(repeatedly, factor) for factor in (2.0, 3.0, 5.0)))
@@ -734,8 +735,8 @@ def test_two_threads_capture_one_after_the_other_on_one_device(here: torch.devic
     def alone(x: Tensor, turn: int, barrier: threading.Barrier) -> None:
         if turn:
             barrier.wait()
-        tape, output = capture(lambda: x * 2)
-        tape.replay()
+        captured, output = capture(lambda: x * 2)
+        captured.replay()
         assert torch.equal(output.cpu(), x.cpu() * 2)
         if not turn:
             barrier.wait()

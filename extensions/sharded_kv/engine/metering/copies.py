@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import vram
+from ..devices import allocated
 
 _aten = torch.ops.aten
 # The operators by which a tensor changes devices. `to` is taken apart into `_to_copy` before it is seen here, but for
@@ -33,7 +33,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        self.peak = {device: vram.allocated(device).now for device in devices}
+        self.peak = {device: allocated(device).now for device in devices}
         self.failure: Exception | None = None
 
     def start(self) -> None:
@@ -59,7 +59,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif func is _aten.copy_.default:
             self._count(args[1], out)
         for device, peak in self.peak.items():
-            self.peak[device] = max(peak, vram.allocated(device).now)
+            self.peak[device] = max(peak, allocated(device).now)
 
     @property
     def bytes_between_gpus(self) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine import measure
-from extensions.sharded_kv.engine.transfers import Forward
+from extensions.sharded_kv.engine.metering import compare
+from extensions.sharded_kv.engine.transfers import ForwardState
 from tests import support
 from tools import models
 from tools.traffic import total
@@ -36,7 +36,7 @@ def sharding(model: Any) -> Sharding:
 @pytest.fixture
 def run(model: Any, sharding: Sharding, places: list[str]) -> Any:
     inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts(batch=1).items()}
-    return lambda **options: measure.measure(model, sharding, inputs, tokens=TOKENS, **options)
+    return lambda **options: compare.compare(model, sharding, inputs, tokens=TOKENS, **options)
 
 
 def test_it_measures_both_settings(run: Any) -> None:
@@ -91,7 +91,7 @@ def test_each_reply_waits_for_its_turn_and_gives_it_back(run: Any, sharding: Sha
         turns.append("over")
 
     run(turn=turn)
-    assert turns.count("over") == 2 * (measure.ROUNDS + 1)
+    assert turns.count("over") == 2 * (compare.ROUNDS + 1)
 
 
 def test_progress_goes_up_to_the_end(run: Any) -> None:
@@ -103,7 +103,7 @@ def test_progress_goes_up_to_the_end(run: Any) -> None:
 @pytest.mark.parametrize("asked", [1, 5, 40])
 def test_it_can_be_cancelled_between_any_two_tokens(run: Any, sharding: Sharding, asked: int) -> None:
     left = iter(range(asked))
-    with pytest.raises(measure.Cancelled):
+    with pytest.raises(compare.Cancelled):
         run(goes_on=lambda: next(left, None) is not None)
     assert sharding.enabled
 
@@ -111,17 +111,17 @@ def test_it_can_be_cancelled_between_any_two_tokens(run: Any, sharding: Sharding
 def test_where_replies_are_slow_all_are_cut_to_the_length_of_the_first(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_LONGEST_SECONDS", 0.0)
+    monkeypatch.setattr(compare, "_LONGEST_SECONDS", 0.0)
     comparison = run()
-    assert len(comparison.off.reply) == measure._FEWEST_TOKENS < TOKENS
+    assert len(comparison.off.reply) == compare._FEWEST_TOKENS < TOKENS
     assert comparison.off.reply == comparison.on.reply
 
 
-@pytest.mark.parametrize("part", ["move_inputs", "move_home"])
+@pytest.mark.parametrize("part", ["move_inputs", "_copy"])
 def test_sharding_that_gives_up_meanwhile_ends_it_and_stays_off(
     run: Any, sharding: Sharding, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr(Forward, part, None)
+    monkeypatch.setattr(ForwardState, part, None)
     with pytest.raises(RuntimeError, match="Switched off after an error"):
         run()
     assert not sharding.enabled
@@ -132,7 +132,7 @@ def test_sharding_that_gave_up_before_is_not_switched_on_by_it(
     run: Any, model: Any, sharding: Sharding, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Forward, "move_inputs", None)
+        patch.setattr(ForwardState, "move_inputs", None)
         support.GREEDY.run(model, places[0])
     with pytest.raises(RuntimeError, match="Switched off after an error"):
         run()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from extensions.sharded_kv.engine.swaps import Installation, Swap, Unhooking, passing_on
+from extensions.sharded_kv.engine.patches import Patch, PatchSet, UnhookPatch, wrap
 
 
 class Doubling(nn.Module):
@@ -36,16 +36,16 @@ def another(x: int) -> int:
 
 
 @pytest.fixture(params=["taken away", "replaced"])
-def unhooked(request: pytest.FixtureRequest) -> tuple[Doubling, Installation]:
+def unhooked(request: pytest.FixtureRequest) -> tuple[Doubling, PatchSet]:
     """A module whose hook is out of the way, in both ways that there are, and the record of it."""
     module = Doubling()
-    swap = (
-        Unhooking(module) if request.param == "taken away" else Swap(module, "forward", passing_on(module._old_forward))
+    patch = (
+        UnhookPatch(module) if request.param == "taken away" else Patch(module, "forward", wrap(module._old_forward))
     )
-    return module, Installation([swap])
+    return module, PatchSet([patch])
 
 
-Unhooked = tuple[Doubling, Installation]
+Unhooked = tuple[Doubling, PatchSet]
 
 
 def test_a_hook_that_is_out_of_the_way_does_not_run(unhooked: Unhooked) -> None:
@@ -91,7 +91,7 @@ def test_a_hook_removed_as_accelerate_does_leaves_the_module_plain(unhooked: Unh
 
 def test_a_forward_of_its_own_below_the_hook_is_not_the_classs() -> None:
     module = Doubling()
-    assert Unhooking.suits(module)
+    assert UnhookPatch.suits(module)
     for below in (another, module.forward, Doubling()._old_forward):
         module._old_forward = below
-        assert not Unhooking.suits(module)
+        assert not UnhookPatch.suits(module)

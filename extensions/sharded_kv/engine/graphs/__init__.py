@@ -1,0 +1,1 @@
+"""Graph mode: the decode steps of a model as CUDA graphs, replayed token after token."""

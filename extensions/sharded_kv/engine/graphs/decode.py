@@ -1,0 +1,185 @@
+"""One kind of decode step on one cache's buffers: traced at first, then captured, then replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import devices
+from ..placement import CACHE_NAME
+from ..transfers import TrafficCounter, is_plain, tensors_in
+from .capture import Capture, CapturedStep
+from .eligible import DecodeStep
+from .trace import CannotCapture, OpTrace
+
+# How far a replay's logits may be from the step's own, relative to the largest: in 16 bits one GPU differs from itself
+# by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
+_TOLERANCE = 0.05
+
+# Runs the model's forward block by block with keyword arguments, and counts what crosses with the counter given.
+Run = Callable[[Mapping[str, Any], TrafficCounter], Any]
+
+
+class State(enum.Enum):
+    """How far a kind of step has got."""
+
+    COLD = enum.auto()  # it has not run
+    TRACED = enum.auto()  # the operators of one step are known
+    CAPTURED = enum.auto()  # there are graphs; whether they are right for this reply is not known
+    VERIFIED = enum.auto()  # the graphs have been compared with a step of this reply
+
+
+class DecodeGraph:
+    """One kind of decode step on one cache's buffers.
+
+    Args:
+        step: the first of its kind.
+        width: how many tokens the mask is for.
+        dtype: of the cache.
+        of_devices: where the model is.
+    """
+
+    def __init__(self, step: DecodeStep, width: int, dtype: torch.dtype, of_devices: tuple[torch.device, ...]) -> None:
+        self._state = State.COLD
+        self._devices = of_devices
+        self._ops: list[Any] = []
+        self._captured: CapturedStep | None = None
+        self._output: Any = None
+        ids = step.tensors["input_ids"]
+        with torch.inference_mode(False):
+            self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
+            self._mask = torch.zeros(ids.shape[0], width, dtype=torch.int64, device=ids.device)
+            # What a masked token's score is changed by; the other tokens' by 0.
+            self._masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
+            self._counted = torch.zeros((), dtype=dtype, device=ids.device)
+
+    def run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
+        """The step's output."""
+        for name, tensor in step.tensors.items():
+            self._tensors[name].copy_(tensor)
+        length = step.length + 1
+        if step.mask is None:
+            self._mask[:, :length] = 1
+        else:
+            self._mask[:, :length].copy_(step.mask)
+        self._mask[:, length:] = 0
+        if self._state is State.VERIFIED:
+            self._replay(counter)
+        elif self._state is State.TRACED:
+            self._capture(step, run)
+            self._verify(self._run(step, run, counter), counter)
+        else:
+            return self._trace(step, run, counter)
+        return _copied(self._output, step.cache)
+
+    def distrust(self) -> None:
+        """Compare a step before the graphs are replayed."""
+        if self._state is State.VERIFIED:
+            self._state = State.CAPTURED
+
+    def free(self) -> None:
+        """Free the graphs."""
+        if self._captured is not None:
+            self._captured.free()
+        self._captured = self._output = None
+        self._state = State.COLD
+
+    def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
+        with _plain_mode():
+            mask = torch.where(self._mask[:, None, None, :] != 0, self._counted, self._masked)
+            return run({**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}, counter)
+
+    def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
+        trace = OpTrace()
+        with _plain_mode(), trace:
+            output = self._run(step, run, counter)
+        if self._state is State.CAPTURED and trace.ops == self._ops:
+            self._verify(output, counter)
+        else:
+            self.free()
+            self._state = State.TRACED
+        self._ops = trace.ops
+        return output
+
+    def _capture(self, step: DecodeStep, run: Run) -> None:
+        # A pool whose graphs are all gone cannot be used again.
+        capture = Capture({device: devices.runtime(device).graph_pool_handle() for device in self._devices})
+        with _plain_mode(), capture.recording():
+            output = self._run(step, run, TrafficCounter())  # nothing crosses before the replay
+        self._output = _template(output, step.cache)
+        self._captured = capture.captured(list(tensors_in(self._output)))
+        self._state = State.CAPTURED
+        if capture.ops != self._ops:
+            raise CannotCapture(_difference(self._ops, capture.ops))
+
+    def _replay(self, counter: TrafficCounter) -> None:
+        assert self._captured is not None
+        self._captured.replay()
+        counter.add_all(self._captured.crossing)
+
+    def _verify(self, output: Any, counter: TrafficCounter) -> None:
+        """Replay the step that gave `output`, and compare."""
+        self._replay(counter)
+        for ours, theirs in zip(tensors_in(self._output), tensors_in(output), strict=True):
+            difference, largest = (x.abs().max() for x in (_finite(ours) - _finite(theirs), _finite(theirs)))
+            is_far = (difference > _TOLERANCE * largest) | (ours.isnan() != theirs.isnan()).any()
+            if bool(is_far):
+                raise CannotCapture("Its graphs compute something else than its forward, though they look the same.")
+        self._state = State.VERIFIED
+
+
+@contextlib.contextmanager
+def _plain_mode() -> Iterator[None]:
+    """No gradients, but not inference mode, where operators that consist of others are not taken apart."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0)
+
+
+def _template(output: Any, cache: Any) -> Any:
+    """A step's output, with a stand-in for the cache.
+
+    Raises:
+        CannotCapture: there is something in it of which the next step's could not be made.
+    """
+    if output is cache:
+        return _CACHE
+    if isinstance(output, Mapping):
+        return type(output)(**{key: _template(value, cache) for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)([_template(value, cache) for value in output])
+    if isinstance(output, Tensor) or is_plain(output):
+        return output
+    raise CannotCapture(f"The model returned a {type(output).__name__}.")
+
+
+def _copied(template: Any, cache: Any) -> Any:
+    """A step's output for its caller to keep: the next replay would write over the graph's own."""
+    if template is _CACHE:
+        return cache
+    if isinstance(template, Tensor):
+        return template.clone()
+    if isinstance(template, Mapping):
+        return type(template)(**{key: _copied(value, cache) for key, value in template.items()})
+    if isinstance(template, (tuple, list)):
+        return type(template)([_copied(value, cache) for value in template])
+    return template
+
+
+_CACHE = "the reply's cache"  # stands for it in a template
+
+
+def _difference(before: list[Any], after: list[Any]) -> str:
+    """One sentence on where two steps differ."""
+    for old, new in zip(before, after, strict=False):
+        if old != new:
+            return f"Its forward differs from step to step, from {new[0]} on: a graph would repeat one step's values."
+    return f"Its forward ran {len(before)} operators in one step and {len(after)} in the next."

@@ -1,0 +1,218 @@
+"""Which steps may be graphs, and for the others why not: every such sentence is here.
+
+A step is eligible if it is one new token of a reply on a KVCache, and asks for nothing that a replay would not give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import compat, devices, text
+from ..placement import CACHE_NAME, Placement
+from ..transfers import is_plain
+from .trace import CannotCapture
+
+_ATTENTION = ("sdpa", "eager")  # these take any mask that is added to the scores
+_PACKAGE = __name__.rpartition(".graphs")[0]
+
+
+class NotEligible(Exception):
+    """This step runs without graphs. The message is one sentence for people; "" for a prompt, which never has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """A decode step, as the model is called for it.
+
+    Attributes:
+        cache: the reply's KVCache.
+        length: how many tokens it holds.
+        mask: [batch, length + 1], which of them count, or None for all.
+        tensors: the other arguments that are tensors, on the main device.
+        plain: the other arguments.
+        graph_key: what two steps have in common that share a graph.
+    """
+
+    cache: Any
+    length: int
+    mask: Tensor | None
+    tensors: dict[str, Tensor]
+    plain: dict[str, Any]
+    graph_key: Any
+
+
+class Rules:
+    """What a model's steps must be like.
+
+    Args:
+        model: the module whose forward a step is.
+        placement: where its parts are.
+    """
+
+    def __init__(self, model: nn.Module, placement: Placement) -> None:
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._takes_positions = "position_ids" in self._names
+        self._main_device = placement.main_device
+        self._against_placement = _against_placement(placement)
+
+    def against_model(self, model: nn.Module) -> str:
+        """Why no step of the model is eligible as it is now; "" if one may be. Asked once for each cache."""
+        if self._against_placement:
+            return self._against_placement
+        if getattr(model, "is_loaded_in_8bit", False):
+            return "Its 8-bit weights (bitsandbytes) have the host wait in every layer, which no graph can."
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if attention not in _ATTENTION:
+            return f"Its attention is {attention}: graph mode needs sdpa or eager attention."
+        return _against_hooks(model)
+
+    def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecodeStep:
+        """A call of the model as a decode step.
+
+        Raises:
+            NotEligible: it is none.
+        """
+        named = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+        cache: Any = named.get(CACHE_NAME)
+        ids: Any = named.get("input_ids")
+        mask = named.get("attention_mask")
+        if cache is None or (not isinstance(cache, (tuple, list)) and not cache.get_seq_length()):
+            raise NotEligible  # a prompt
+        if reason := _against_call(model, named, cache, ids, self._main_device):
+            raise NotEligible(reason)
+        length = cache.get_seq_length()
+        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (ids.shape[0], length + 1)):
+            raise NotEligible("Its attention mask is not the usual one, of a number for each token.")
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        for name, value in named.items():
+            if name in (CACHE_NAME, "attention_mask"):
+                continue
+            if isinstance(value, Tensor):
+                if value.device != self._main_device:
+                    raise NotEligible(f"{name} is on {value.device}, the model begins on {self._main_device}.")
+                tensors[name] = value
+            elif value is None or isinstance(value, (bool, int)) or is_plain(value):
+                plain[name] = value
+            else:
+                raise NotEligible(f"The model was called with {name}, a {type(value).__name__}.")
+        if self._takes_positions and mask is not None and "position_ids" not in tensors:
+            raise NotEligible("The model was called with an attention mask and no position_ids.")
+        # What the model would make of Python's numbers, which differ from step to step, it gets as tensors.
+        for name, shape in (("position_ids", (ids.shape[0], 1)), ("cache_position", (1,))):
+            if name in self._names and name not in tensors:
+                plain.pop(name, None)
+                tensors[name] = torch.full(shape, length, dtype=torch.int64, device=ids.device)
+        shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
+        graph_key = (*shapes, *[(name, repr(value)) for name, value in sorted(plain.items())])
+        return DecodeStep(cache, length, mask, tensors, plain, graph_key)
+
+
+def _against_call(
+    model: nn.Module, named: dict[str, Any], cache: Any, ids: Any, main_device: torch.device | None
+) -> str:
+    """Why a call with a cache that holds something is no step for graphs; "" if it may be one."""
+    if named.get("use_cache") is False:
+        return "The model was called without using its cache."
+    if isinstance(cache, (tuple, list)):
+        return "This version of transformers keeps this model's cache in tuples: graph mode needs a newer one."
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return "The model was called with something else than token ids."
+    if ids.shape[1] != 1:
+        return f"{ids.shape[1]} tokens came at once (prompt lookup, assisted generation)."
+    if ids.device != main_device:
+        return f"The token ids are on {ids.device}, the model begins on {main_device}."
+    if torch.is_grad_enabled() or model.training:
+        return "Gradients are wanted, or the model is in training mode."
+    if compat.is_autocast_on(ids.device.type):
+        return "The model was called under autocast."
+    config = getattr(model, "config", None)
+    for name in ("output_attentions", "output_hidden_states"):
+        if named.get(name, getattr(config, name, False)):
+            return f"{name} was asked for."
+    if not compat.is_own_cache(cache):
+        return (
+            f"The cache is a {type(cache).__name__}: the caller's own, of the second pass of guidance, or of a reply "
+            "that began without sharding. For loops of one's own, sharding.new_cache() makes one that graphs serve."
+        )
+    return ""
+
+
+def against_cache(cache: Any) -> str:
+    """Why tokens cannot be written to a cache in a graph; "" if they can."""
+    for layer in cache.layers:
+        if getattr(layer, "buffers", None) is None:
+            is_ours = hasattr(layer, "buffers")
+            kind = type(layer).__name__
+            return (
+                "The cache is empty in some layers."
+                if is_ours
+                else f"A layer's cache is a {kind}, which graph mode does not know."
+            )
+        if getattr(layer, "record_past", False):
+            return "The cache records what it drops from its sliding window."
+    return ""
+
+
+def past_window(window: int) -> str:
+    """The reply is longer than a window."""
+    return f"The reply is longer than the model's sliding window of {window} tokens."
+
+
+def no_room(tokens: int, error: Exception) -> str:
+    """There was no memory for buffers or graphs."""
+    first = str(error).split(". ", 1)[0]
+    return f"There is no room for a static cache of {tokens} tokens and its graphs ({first})."
+
+
+NO_ROOM_LEFT = "There is no room for a static cache and its graphs beside what is in memory."
+
+
+def not_captured(error: Exception) -> str:
+    """A capture has failed."""
+    if isinstance(error, CannotCapture):
+        return str(error)
+    words = text.of_error(error)
+    words = words.partition(" CUDA kernel errors might be")[0]  # and advice for debugging
+    return f"The step could not be captured: {words}"
+
+
+def failed(error: Exception) -> str:
+    """Something of ours has failed."""
+    return f"Graph mode has failed and is off for this model: {text.of_error(error)}"
+
+
+def _against_placement(placement: Placement) -> str:
+    for block in placement.blocks:
+        if block.keeps_hooks:
+            return f"{block.name or 'The model'} keeps hooks: weights are offloaded, or somebody else's hook is there."
+    for device in placement.devices:
+        if not hasattr(devices.runtime(device) if device.type != "cpu" else None, "CUDAGraph"):
+            return f"Graphs need CUDA GPUs, and part of the model is on {device}."
+    return ""
+
+
+def _against_hooks(model: nn.Module) -> str:
+    """Hooks of other people's rule graphs out: a replay runs no Python."""
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if name and any(not type(hook).__module__.startswith(_PACKAGE) for hook in hooks):
+            return f"Somebody's hook is on {name}, which a graph would not run."
+    return ""
+
+
+def window(cache: Any, model: nn.Module) -> int | None:
+    """The smallest window or chunk of the cache's layers, or that the model's config speaks of; None without one.
+
+    A cache without windows does not tell: then the model's own mask leaves out what lies behind, and ours does not.
+    """
+    config: Any = getattr(model, "config", None)
+    of_text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    sizes = [getattr(of_text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    sizes += [getattr(layer, "sliding_window", None) for layer in cache.own_layers]
+    return min((size for size in sizes if type(size) is int and size > 0), default=None)

@@ -1,0 +1,272 @@
+"""Runs the decode steps of a model as CUDA graphs.
+
+The first decode step of a kind runs as in eager mode, on static inputs, and is traced; the second is captured, traced
+too, and replayed at once; all that follow are replayed. Two traces that differ in anything but the contents of tensors
+rule a capture out. The first step of a later reply is traced again: graphs that would not do the same, after a LoRA was
+taken off or weights were exchanged, are captured anew. What operators do that cannot be traced shows in the logits,
+which are compared each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import sys
+import weakref
+from collections.abc import Mapping
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import text
+from ..placement import Placement
+from ..transfers import TrafficCounter
+from . import eligible
+from .decode import DecodeGraph, Run
+from .eligible import DecodeStep, NotEligible
+
+logger = logging.getLogger(__name__)
+
+# Room for tokens comes in such steps, so that the next reply finds graphs that suit.
+ROOM_STEP = 256
+# How many kinds of steps keep their graphs at once: usually a model is called in one way, or two.
+_MOST_KINDS = 4
+_steps = itertools.count(1)
+
+
+class GraphRunner:
+    """The decode steps of one model as CUDA graphs.
+
+    Args:
+        model: the module whose forward a step is. Held weakly.
+        placement: where its parts are.
+        counter: counts what crosses between devices.
+
+    Attributes:
+        reason: one sentence on why the latest step ran without graphs; "" if it ran with them, or was a prompt.
+        latest: counts up with each step of any model, to see whose was the latest.
+    """
+
+    def __init__(self, model: nn.Module, placement: Placement, counter: TrafficCounter) -> None:
+        self.reason = ""
+        self.latest = 0
+        self._model = weakref.ref(model)
+        self._rules = eligible.Rules(model, placement)
+        self._devices = placement.devices
+        self._counter = counter
+        self._refusals: dict[Any, str] = {}  # by a step's graph key
+        self._failure = ""
+        self._logged: set[str] = set()
+        self._living: weakref.WeakSet[CacheGraphs] = weakref.WeakSet()
+        self._spare: CacheGraphs | None = None  # of a cache that is gone, with its buffers
+
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Any:
+        """Run one forward of the model.
+
+        Args:
+            args, kwargs: what the model was called with.
+            run: see `Run`.
+
+        Raises:
+            NotEligible: it is no step for graphs. The model's cache is as before.
+        """
+        graphs = step = None
+        self.latest = next(_steps)
+        try:
+            if self._failure:
+                raise NotEligible(self._failure)
+            model = self._model()
+            assert model is not None  # it is being called
+            step = self._rules.read(model, args, kwargs)
+            graphs = self._graphs_for(step, model)
+            output = graphs.step(step, run, self._counter)
+        except NotEligible as reason:
+            self._say(str(reason), logging.INFO)
+            raise
+        except Exception as error:  # neither a defect of ours nor what cannot be captured costs anybody a reply
+            raise NotEligible(self._refuse(step, graphs, error)) from error
+        self.reason = ""
+        return output
+
+    def offer_spare(self, room: Any) -> CacheGraphs | None:
+        """Have a new cache's buffers be those of an earlier reply, if there are any.
+
+        Args:
+            room: the new cache's.
+
+        Returns:
+            The graphs on them, for the new cache to keep.
+        """
+        room.step = ROOM_STEP
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            room.spare, room.let_go = list(spare.tensors), spare.let_go
+        return spare
+
+    def inherit(self, graphs: CacheGraphs) -> None:
+        """The cache of `graphs` is gone, and nobody has a part of its buffers: the next reply may have them."""
+        self.drop_spare()
+        self._spare = graphs
+
+    def drop_spare(self) -> None:
+        """Free the buffers that no reply has, and the graphs on them."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.let_go()
+
+    def close(self) -> None:
+        """Free all graphs, and the buffers that no reply has. No step runs meanwhile."""
+        self.drop_spare()
+        for graphs in list(self._living):
+            graphs.let_go()
+
+    def _say(self, reason: str, level: int) -> None:
+        self.reason = reason
+        if reason and reason not in self._logged:
+            self._logged.add(reason)
+            logger.log(level, "Without graphs: %s", text.one_line(reason))
+
+    def _refuse(self, step: DecodeStep | None, graphs: CacheGraphs | None, error: Exception) -> str:
+        """What to do without graphs for, after an error: one sentence.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory to have room in the cache: the step is tried again without.
+        """
+        if step is None or graphs is None:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise error
+            reason = self._failure = eligible.failed(error)
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
+            reason = graphs.refusal = eligible.no_room(graphs.width, error)
+        else:
+            reason = self._refusals[step.graph_key] = eligible.not_captured(error)
+        if graphs is not None:
+            with contextlib.suppress(Exception):  # what does not let itself be freed may be what has failed
+                graphs.free()
+        logger.debug("A step has failed in graph mode.", exc_info=error)
+        self._say(reason, logging.WARNING)
+        return reason
+
+    def _graphs_for(self, step: DecodeStep, model: nn.Module) -> CacheGraphs:
+        """The graphs of the step's cache, which has room for a token.
+
+        Raises:
+            NotEligible: the step or the cache cannot be used in graphs, or there is no memory for room.
+        """
+        if step.graph_key in self._refusals:
+            raise NotEligible(self._refusals[step.graph_key])
+        graphs: CacheGraphs | None = step.cache.graphs
+        tensors = step.cache.tensors()
+        if (
+            graphs is None
+            or graphs.runner() is not self
+            or len(tensors) != len(graphs.tensors)
+            or not all(map(is_, tensors, graphs.tensors))
+        ):
+            graphs = self._new_graphs(step.cache)
+        if graphs.refusal is None:
+            graphs.refusal = self._rules.against_model(model) or eligible.against_cache(step.cache)
+            graphs.window = eligible.window(step.cache, model)
+        if graphs.refusal:
+            raise NotEligible(graphs.refusal)
+        if graphs.window is not None and step.length + 1 > graphs.window:
+            raise NotEligible(eligible.past_window(graphs.window))
+        if step.length + 1 <= graphs.width:
+            return graphs
+        if step.cache.room.is_tight:
+            raise NotEligible(eligible.NO_ROOM_LEFT)
+        graphs.let_go()  # or old buffers would be there beside the new ones
+        del tensors
+        step.cache.make_room()
+        return self._graphs_for(step, model)
+
+    def _new_graphs(self, cache: Any) -> CacheGraphs:
+        if cache.graphs is not None:
+            cache.graphs.let_go()
+        cache.graphs = graphs = CacheGraphs(self, cache, self._devices)
+        self._living.add(graphs)
+        return graphs
+
+
+class CacheGraphs:
+    """The graphs on the buffers of one cache.
+
+    Attributes:
+        runner: who has made them, held weakly.
+        tensors: the buffers.
+        width: for how many tokens they all have room.
+        refusal: what speaks against graphs for this cache; "" if nothing does, None if nobody has asked yet.
+        window: how many tokens the reply may have; None for any number.
+    """
+
+    def __init__(self, runner: GraphRunner, cache: Any, of_devices: tuple[torch.device, ...]) -> None:
+        self.runner = weakref.ref(runner)
+        self.tensors = cache.tensors()
+        self.width = min((buffer.capacity for buffer in cache.buffers()), default=0)
+        self.refusal: str | None = None
+        self.window: int | None = None
+        self._devices = of_devices
+        self._steps: dict[Any, DecodeGraph] = {}
+        with torch.inference_mode(False):
+            self._positions = {
+                device: torch.zeros(1, dtype=torch.int64, device=device)
+                for device in {tensor.device for tensor in self.tensors}
+            }
+        cache.room.let_go = self.let_go  # when the cache makes other buffers
+
+    def outlive(self, cache: Any) -> None:
+        """The cache is gone: its buffers serve the next reply, unless somebody may hold a part of them."""
+        runner = self.runner()
+        # Somebody may hold tensors, or layers of it: more than the cache, the list and this question refer to.
+        is_held = sys.getrefcount(cache.layers) > 2 or any(sys.getrefcount(layer) > 3 for layer in cache.layers)
+        is_held = is_held or any(buffer.was_shown for buffer in cache.buffers())
+        if runner is None or is_held or not self._steps or not all(map(is_, cache.tensors(), self.tensors)):
+            return
+        self.distrust()
+        runner.inherit(self)
+
+    def distrust(self) -> None:
+        """A new reply: ask anew what speaks against graphs, and compare a step before they are replayed."""
+        self.refusal = None
+        for graph in self._steps.values():
+            graph.distrust()
+
+    def step(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
+        """Run one step on the buffers."""
+        graph = self._steps.get(step.graph_key)
+        if graph is None:
+            while len(self._steps) >= _MOST_KINDS:  # the oldest goes: somebody calls the model with ever new values
+                self._steps.pop(next(iter(self._steps))).free()
+            graph = self._steps[step.graph_key] = DecodeGraph(step, self.width, self.tensors[0].dtype, self._devices)
+        for position in self._positions.values():
+            position.fill_(step.length)
+        output = graph.run(step, lambda *given: self._run_on_buffers(step, run, *given), counter)
+        for layer in step.cache.layers:
+            layer.advance()
+        return output
+
+    def _run_on_buffers(self, step: DecodeStep, run: Run, arguments: Mapping[str, Any], counter: TrafficCounter) -> Any:
+        """Run the model's forward; each layer writes where its device's position says, and shows all of its buffers."""
+        layers = step.cache.layers
+        try:
+            for layer in layers:
+                layer.position, layer.width = self._positions[layer.device], self.width
+            return run(arguments, counter)
+        finally:
+            for layer in layers:
+                layer.position = None
+
+    def free(self) -> None:
+        """Free the graphs."""
+        for graph in self._steps.values():
+            graph.free()
+        self._steps = {}
+
+    def let_go(self) -> None:
+        """Free the graphs, and let go of the buffers: it is not used again."""
+        self.free()
+        self.tensors.clear()
+        self._positions.clear()

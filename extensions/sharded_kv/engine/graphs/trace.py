@@ -1,0 +1,107 @@
+"""The trace of a decode step: its operators, with all that a captured graph would fix of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..transfers import tensors_in
+
+_aten = torch.ops.aten
+# Values of tensors on the host are compared from step to step; a larger one is none that a forward makes anew.
+_MOST_HOST_VALUES = 1024
+
+
+class CannotCapture(Exception):
+    """A step does what a graph cannot repeat. The message is one sentence for people."""
+
+
+class OpTrace(TorchDispatchMode):
+    """Records of each operator all that a captured graph would fix: which tensors, which shapes, which Python values.
+
+    Two steps with the same operators differ in nothing but the contents of tensors, which is what a replay reads anew.
+    So the traces of two steps decide whether a graph captured in the second is right for the third. No list of
+    architectures is needed.
+
+    Attributes:
+        ops: of each operator in turn, itself, its arguments and its keyword arguments.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[tuple[Any, ...]] = []
+        self._here = object()
+        self._made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # operators that consist of others come whole there, views among them
+            raise CannotCapture("Part of its forward runs in inference mode.")
+        self._check(func, args, kwargs)
+        self.ops.append((func, self._record(args), self._record(tuple(kwargs.items()))))
+        out = self.run(func, args, kwargs)
+        for tensor in tensors_in(out):
+            if not any(tensor is operand for operand in tensors_in(args)):
+                tensor._sharded_kv_made = (self._here, self._made)  # type: ignore[attr-defined]
+                self._made += 1
+        return out
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _check(func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse what no graph can hold."""
+        if _draws(func) and _argument(func, args, kwargs, "dropout_p") != 0:
+            raise CannotCapture(f"Its forward draws random numbers ({func}).")
+        if func is _aten.lift_fresh.default and not args[0].is_cpu:  # torch.tensor(), which copies out of our sight
+            raise CannotCapture("Its forward makes a tensor of Python's numbers on a GPU.")
+        depends = _depends(func)
+        if func is _aten.index.Tensor:  # only a mask's result has as many elements as it has
+            depends = any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
+        if depends and any(not tensor.is_cpu for tensor in tensors_in(args)):
+            raise CannotCapture(f"What its forward does depends on values that it reads back from a GPU ({func}).")
+
+    def _record(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._record_tensor(value)
+        if isinstance(value, (list, tuple)):
+            return tuple([self._record(item) for item in value])
+        # 1, 1.0 and True are equal, but not the same to an operator. NaN is not equal to itself.
+        return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
+
+    def _record_tensor(self, tensor: Tensor) -> Any:
+        made = getattr(tensor, "_sharded_kv_made", None)
+        look = tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
+        if tensor.is_cpu:
+            if tensor.numel() > _MOST_HOST_VALUES:
+                raise CannotCapture(f"Its forward uses a tensor on the CPU, of the shape {tuple(tensor.shape)}.")
+            return (*look, tuple(map(repr, tensor.flatten().tolist())))
+        if made is not None and made[0] is self._here:
+            return (*look, made[1])
+        return (*look, tensor.data_ptr())
+
+
+@functools.lru_cache(maxsize=4096)
+def _draws(func: Any) -> bool:
+    """Whether it may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.lru_cache(maxsize=4096)
+def _depends(func: Any) -> bool:
+    """Whether what it gives depends on values in such a way that a GPU is waited for."""
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """What an operator was given for an argument, or its default; None if it has none of that name."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
+    return None

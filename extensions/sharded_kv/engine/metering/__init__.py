@@ -1,0 +1,1 @@
+"""Measures replies: what the panel, the log and the comparison show."""
