@@ -1,4 +1,4 @@
-"""sharded_kv: generation on several GPUs without the traffic and the hooks that accelerate adds. The headless door."""
+"""sharded_kv: generation on several GPUs without the traffic and hooks that accelerate adds. Needs no webui."""
 
 from __future__ import annotations
 

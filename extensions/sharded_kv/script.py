@@ -1,4 +1,4 @@
-"""The webui's door: params, setup() and ui(), as the webui looks for them."""
+"""What the webui calls: params, setup() and ui(), as the webui looks for them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from extensions.sharded_kv import webui as package
-from extensions.sharded_kv.engine.swaps import Installed
+from extensions.sharded_kv.engine.patches import Wrapped
 from extensions.sharded_kv.webui.extension import Extension
 from tests import support
 from tests.webui import hosts
@@ -51,7 +51,7 @@ def right() -> list[list[int]]:
 @pytest.fixture
 def is_ours() -> Callable[[Any], bool]:
     """Whether a model runs by forwards of ours."""
-    return lambda model: any(isinstance(vars(module).get("forward"), Installed) for module in model.modules())
+    return lambda model: any(isinstance(vars(module).get("forward"), Wrapped) for module in model.modules())
 
 
 @pytest.fixture

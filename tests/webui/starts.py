@@ -145,7 +145,7 @@ def seen(webui: hosts.Webui, model: Any) -> Facts:
     """Whether the model runs by forwards of ours, and what the log has said since one last asked."""
     lines, webui.lines.seen = webui.lines.seen, []
     forwards = [vars(module).get("forward") for module in model.modules()]
-    return {"ours": any(type(forward).__name__ == "Installed" for forward in forwards), "lines": lines}
+    return {"ours": any(type(forward).__name__ == "Wrapped" for forward in forwards), "lines": lines}
 
 
 def headless_shard() -> Any:

@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import nn
 
-from extensions.sharded_kv.engine.meter import Meter
+from extensions.sharded_kv.engine.metering.meter import Meter
+from extensions.sharded_kv.engine.patches import Patch
 from extensions.sharded_kv.engine.sharding import Sharding
-from extensions.sharded_kv.engine.swaps import Swap
-from extensions.sharded_kv.engine.transfers import Forward
+from extensions.sharded_kv.engine.transfers import ForwardState
 from extensions.sharded_kv.webui import extension as extension_module
 from extensions.sharded_kv.webui import host as host_module
 from extensions.sharded_kv.webui import settings
@@ -433,7 +433,7 @@ def test_an_error_whose_message_has_line_breaks_gets_one_line(
     def forge(*_: Any) -> Any:
         raise RuntimeError("at\nERROR all is lost")
 
-    monkeypatch.setattr(extension_module, "shard", forge)
+    monkeypatch.setattr(extension_module, "attach", forge)
     webui.load(model)
     (line,) = webui.lines.of("ERROR")
     assert line.endswith("RuntimeError: at ERROR all is lost")
@@ -451,6 +451,19 @@ def test_a_model_that_is_loaded_while_switched_off_has_a_line_that_says_so(webui
     webui.load(model)
     (line,) = webui.lines.of("INFO")
     assert line.startswith("sharded_kv: off")
+
+
+def test_a_model_that_is_loaded_while_switched_off_gets_no_forward_of_ours(
+    webui: hosts.Webui, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webui.extension.set_activate(False)
+    installed: list[str] = []
+    install = Patch.install
+    monkeypatch.setattr(Patch, "install", lambda patch: (installed.append(patch.name), install(patch))[1])
+    webui.load(model)
+    for_replies = {"generate", "_prepare_cache_for_generation", "_get_initial_cache_position"}
+    assert set(installed) <= {*for_replies, "_reorder_cache", "contrastive_search"}
+    assert webui.extension.state().tone == "off"
 
 
 # --- LoRAs ------------------------------------------------------------------------------------------------------------
@@ -848,23 +861,23 @@ def has_failed(webui: hosts.Webui) -> bool:
     )
 
 
-def fail_halfway() -> Callable[[Swap], None]:
+def fail_halfway() -> Callable[[Patch], None]:
     """An install() of forwards of which the fourth fails."""
-    original, calls = Swap.install, iter(range(3))
+    original, calls = Patch.install, iter(range(3))
 
-    def install(swap: Swap) -> None:
+    def install(patch: Patch) -> None:
         if next(calls, None) is None:
             fail()
-        original(swap)
+        original(patch)
 
     return install
 
 
 BREAKABLE: dict[str, tuple[Any, str, Callable[[], Any]]] = {
-    "shard": (extension_module, "shard", lambda: fail),
+    "attaching": (extension_module, "attach", lambda: fail),
     "reading the placement": (sys.modules[Sharding.__module__], "read_placement", lambda: fail),
-    "installing the forwards": (Swap, "install", fail_halfway),
-    "attaching the meter": (Meter, "attach", lambda: fail),
+    "installing the forwards": (Patch, "install", fail_halfway),
+    "reading the weights": (Meter, "read", lambda: fail),
 }
 breaks = pytest.mark.parametrize("broken", BREAKABLE)
 
@@ -923,7 +936,7 @@ def test_a_failure_at_a_restart_leaves_the_model_to_accelerate(
     traces = hosts.Traces(model)
     webui.load(model)
     with monkeypatch.context() as patch:
-        patch.setattr(extension_module, "shard", fail)
+        patch.setattr(extension_module, "attach", fail)
         webui.restart()
     assert webui.extension.state().tone == "failed"
     assert traces.left == []
@@ -1075,7 +1088,7 @@ def test_an_error_in_our_part_of_a_forward_is_shown_and_ticking_the_box_again_re
 ) -> None:
     webui.load(model)
     with monkeypatch.context() as patch:
-        patch.setattr(Forward, "_copy", None)
+        patch.setattr(ForwardState, "_copy", None)
         assert reply(model) == right
     state = webui.extension.state()
     assert state.tone == "failed"
@@ -1092,7 +1105,7 @@ def test_the_webuis_log_has_the_details_of_an_error_in_our_part_of_a_forward(
     webui = open_webui(version)
     webui.start()
     webui.load(model)
-    monkeypatch.setattr(Forward, "_copy", None)
+    monkeypatch.setattr(ForwardState, "_copy", None)
     reply(model)
     (line,) = webui.lines.of("ERROR")
     assert "TypeError" in line

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from extensions.sharded_kv.engine import caches, graphs, measure, meter, observer, transfers, vram
+from extensions.sharded_kv.engine import devices, eager, gate, reply, transfers
+from extensions.sharded_kv.engine.compat import has_cache_objects
+from extensions.sharded_kv.engine.graphs import decode, eligible, runner
+from extensions.sharded_kv.engine.metering import compare, copies, memory, meter, recorder
 from extensions.sharded_kv.webui import host, measuring, settings
 from tests import support
 from tests.webui import hosts
@@ -40,19 +43,34 @@ CONSTRUCTORS = ("__init__", "__deepcopy__", "__reduce__")
 # What stands between a failing part and the webui's own code, and how the panel is told; that an import fails, as
 # without defaults, is in test_loading.py.
 GUARDS = {
-    *("Meter._run_reply", "Meter.before_forward", "Meter._has_failed", "Meter._look_at_memory"),
-    *("_Reply.__call__", "_Reply.spared", "Observer.__torch_dispatch__"),
-    # How looking at operators ends, and what the model itself reads of a cache in graph mode's buffers.
-    *("Observer.stop", "_Reply._stop_observing", "Buffers.filled"),
+    *("Meter.begin", "Meter.note_end", "Meter.note_failure", "Meter._look"),
+    *("Recording.__call__", "Recording.forward_begins", "Recording.end", "Recording.fail"),
+    *("_ForwardBegins.__call__", "reply._run_reply", "reply._prepare_cache", "Runtime.note_failure"),
+    # How observing operators ends.
+    *("Observer.stop", "Observer.__torch_dispatch__", "Recording._stop_observing"),
     *("Measuring._run", "Measuring._set", "settings.defaults"),
+    # How a step runs, with the model's own forward inside, and how accelerate runs it again.
+    *("Runtime.run_block", "Runtime.run_block_home", "Runtime._run_block_alone", "Runtime.run_container"),
+    *("Runtime._run_step", "Runtime._run_eager", "Runtime._run_within", "Runtime._step_aside", "Runtime._renewed"),
+    *("Gate.alone", "Gate._do_later", "Gate.__enter__", "Gate.__exit__", "GraphRunner.step", "GraphRunner._say"),
+    # What a reply's cache is made of, in its midst: there is no other.
+    *("Buffer.__deepcopy__", "Buffer.make_room", "FullLayer.get_seq_length", "FullLayer.update", "FullLayer._update"),
+    *("KVCache.update", "KVCache.__del__", "SlidingLayer.get_seq_length", "SlidingLayer.update"),
 }
 # What the log alone speaks of: the panel shows what it still knows.
-SILENT = {"_MemoryMarks.begin", "_MemoryMarks.end", "_MemoryMarks.look"}
+SILENT = {"MemoryMarks.begin", "MemoryMarks.end", "MemoryMarks.look", "reply.writes_replies"}
 PARTS = functions_of(
-    *(vram, meter, meter.Meter, meter._Reply, meter._Recorder, meter._MemoryMarks, observer.Observer),
-    *(transfers.Forward, transfers.TrafficCounter, measuring.Measuring, measure, settings, host.Host),
+    *(devices, meter, meter.Meter, recorder.Recording, recorder.Recorder, memory, memory.MemoryMarks, copies.Observer),
+    *(transfers.ForwardState, transfers.TrafficCounter, measuring.Measuring, compare, settings, host.Host),
+    *(eager, eager.Runtime, gate.Gate, reply, reply.Reply),
 )
-PARTS_OF_GRAPHS = functions_of(graphs, graphs._Held, graphs._Step, caches, caches.Buffers)
+PARTS_OF_GRAPHS = functions_of(
+    eligible, eligible.Rules, runner, runner.GraphRunner, runner.CacheGraphs, decode, decode.DecodeGraph
+)
+if has_cache_objects():
+    from extensions.sharded_kv.engine.kv import buffer, cache, layers
+
+    PARTS_OF_GRAPHS |= functions_of(buffer, buffer.Buffer, buffer.Room, layers, layers.FullLayer, cache, cache.KVCache)
 
 
 @pytest.fixture(autouse=True)

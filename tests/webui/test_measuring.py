@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from extensions.sharded_kv.engine import measure
-from extensions.sharded_kv.engine.transfers import Forward
+from extensions.sharded_kv.engine.metering import compare
+from extensions.sharded_kv.engine.transfers import ForwardState
 from extensions.sharded_kv.webui import measuring
 from extensions.sharded_kv.webui.state import Measurement
 from tests import support
@@ -79,8 +79,8 @@ class Replies:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measurement takes four short replies: each setting is counted once and timed once."""
-    monkeypatch.setattr(measure, "ROUNDS", 1)
-    monkeypatch.setattr(measure, "measure", functools.partial(measure.measure, tokens=TOKENS))
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    monkeypatch.setattr(compare, "compare", functools.partial(compare.compare, tokens=TOKENS))
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ def test_it_says_what_it_measured_on(loaded: hosts.Webui) -> None:
 
 
 def test_gpus_of_one_name_are_counted(loaded: hosts.Webui, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring.vram, "name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(measuring.devices, "name", lambda device: "NVIDIA GeForce RTX 4090")
     assert measured(loaded).gpu == "2x NVIDIA GeForce RTX 4090"
 
 
@@ -552,7 +552,7 @@ def test_a_reply_that_fails_is_said_and_the_switch_is_as_the_user_set_it(
 def test_sharding_that_gives_up_meanwhile_is_said_and_not_switched_on_again(
     loaded: hosts.Webui, model: Any, is_ours: IsOurs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Forward, "move_inputs", None)
+    monkeypatch.setattr(ForwardState, "move_inputs", None)
     assert "Switched off after an error" in measured(loaded).message
     assert loaded.extension.state().tone == "failed"
     assert not is_ours(model)

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extensions.sharded_kv.engine.measure import Comparison, Measured
-from extensions.sharded_kv.engine.meter import DeviceMemory, Figures, Snapshot, Token
+from extensions.sharded_kv.engine.metering.compare import Comparison, Measured
+from extensions.sharded_kv.engine.metering.figures import DeviceMemory, Figures, Snapshot, Token
 from extensions.sharded_kv.engine.placement import Block, Placement, Stage
 from extensions.sharded_kv.engine.transfers import Traffic
 from extensions.sharded_kv.webui import view

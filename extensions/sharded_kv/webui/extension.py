@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ..engine import wording
-from ..engine.sharding import MODES, Sharding, shard
+from ..engine import text
+from ..engine.sharding import MODES, Sharding, attach
 from . import settings
 from .host import NAME, Host, logger
 from .measuring import Measuring
@@ -43,14 +43,17 @@ class Extension:
     def setup(self) -> None:
         """The webui has loaded us, perhaps again: v4 does at each restart of its interface."""
         with self._guarded("setting up"), self._lock:
-            if self._host is None:
-                host = Host.find()
-                host.show_our_log()
-                settings.correct(self.params, NAME, host.logger.warning)
-                self._activate, self._mode = self.params["activate"], self.params["mode"]
-                watch(host.shared, {"model": self._model_assigned, "need_restart": self._restart_asked})
-                self._host = host
+            self._find_host()
             self.restarted()
+
+    def _find_host(self) -> None:
+        if self._host is None:
+            host = Host.find()
+            host.show_our_log()
+            settings.correct(self.params, NAME, host.logger.warning)
+            self._activate, self._mode = self.params["activate"], self.params["mode"]
+            watch(host.shared, {"model": self._model_assigned, "need_restart": self._restart_asked})
+            self._host = host
 
     def restarted(self) -> None:
         """The interface is built again: we may have been ticked or unticked, and `params` read from the file again."""
@@ -62,7 +65,7 @@ class Extension:
         """The webui builds its interface, inside whose `gr.Blocks` we are. Without an interface it is never called."""
         self.restarted()
         with self._guarded("building its panel"):
-            from . import panel  # Gradio may be missing where there is no interface
+            from . import panel  # not before: Gradio may be missing where there is no interface
 
             panel.build(self)
             return
@@ -86,15 +89,17 @@ class Extension:
         """Sharding on or off, at once: between two tokens where a reply is being written."""
         with self._guarded("switching"), self._lock:
             self._measuring.cancel("Cancelled: sharding was switched meanwhile.")
-            self._activate = self.params["activate"] = bool(activate)
-            self._failure = ""  # switching on is how one tries again
-            self.setup()
+            self._find_host()  # switching on is how one tries again after a failure
+            self._activate = bool(activate)
+            self._failure = ""
+            self._keep_in_step()
+            self._follow(again=True)
 
     def set_mode(self, mode: str) -> None:
         """How the model runs while sharding is on. Whoever can reach the webui may ask for anything."""
         with self._guarded("changing the mode"), self._lock:
             if mode not in MODES:
-                logger().warning("There is no mode %s: choose %s.", wording.of_value(mode), " or ".join(MODES))
+                logger().warning("There is no mode %s: choose %s.", text.of_value(mode), " or ".join(MODES))
                 return
             self._measuring.cancel("Cancelled: the mode was changed meanwhile.")
             self._mode = mode
@@ -146,36 +151,36 @@ class Extension:
         if sharding.failure:
             return "failed", f"{sharding.failure} Tick the box to try again; the log has the details."
         if not sharding.active:
-            return "idle", f"{sharding.reason} {_GRAPHS if sharding.placement.is_alone else _HELP}"
+            return "idle", f"{sharding.reason} {_GRAPHS if sharding.placement.is_one_block else _HELP}"
         unmeasured = f" {sharding.meter.failure} The log has the details." if sharding.meter.failure else ""
         if not sharding.enabled:
-            alone = sharding.placement.is_alone
+            alone = sharding.placement.is_one_block
             return "off", f"{'The model runs as ever' if alone else _ACCELERATE}: {_split(sharding)}{unmeasured}"
         why = f" The latest token came without graphs. {sharding.reason_for_eager}" if sharding.reason_for_eager else ""
         return "on", f"{NAME} runs the model ({sharding.mode} mode): {_split(sharding)}{why}{unmeasured}"
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
-    def _follow(self) -> None:
-        """Take up the model that the webui has now, and let go of the one before."""
+    def _follow(self, again: bool = False) -> None:
+        """Take up the model that the webui has now, and let go of the one before; `again` after a failure, too."""
         if self._host is None:
             return
         self._measuring.cancel("Cancelled: a model was loaded or unloaded, or the interface restarted.")
         before, sharding = self._sharding, None
         model = self._host.model  # of two threads that load at once, the later one's
         if model is not None and self._host.ticked:
-            sharding = shard(model)  # the same model, after a restart: then it is the same Sharding, too
+            sharding = attach(model)  # the same model, after a restart: then it is the same Sharding, too
         self._sharding = sharding
         if before is not None and before is not sharding:
             before.detach()
         self._failure = ""
-        self._apply()
+        self._apply(again)
         if sharding is not None and not self._has_told:
             tone, sentence = self._verdict()
-            self._host.logger.info("%s", wording.one_line(f"{NAME}: {tone}. {sentence}"))
+            self._host.logger.info("%s", text.one_line(f"{NAME}: {tone}. {sentence}"))
         self._has_told = sharding is not None
 
-    def _apply(self) -> None:
+    def _apply(self, again: bool = False) -> None:
         """Put the model's switches to what the user asked for."""
         with self._guarded("switching"), self._lock:
             sharding = self._sharding
@@ -184,7 +189,7 @@ class Extension:
             sharding.mode = self._mode
             if not self._activate:
                 sharding.disable()
-            elif not sharding.failure:  # else ticking the box is how one tries again
+            elif again or not sharding.failure:
                 sharding.enable()
 
     def _keep_in_step(self) -> None:
@@ -198,7 +203,7 @@ class Extension:
         try:
             yield
         except Exception as error:
-            failure = f"{NAME} has failed while {doing}, and switched itself off: {wording.of_error(error)}"
+            failure = f"{NAME} has failed while {doing}, and switched itself off: {text.of_error(error)}"
             was_told, self._failure = failure == self._failure, failure
             sharding, self._sharding = self._sharding, None
             with contextlib.suppress(Exception):
@@ -211,7 +216,7 @@ class Extension:
 
 def _split(sharding: Sharding) -> str:
     """How the model is split, for people."""
-    if sharding.placement.is_alone:
+    if sharding.placement.is_one_block:
         return f"all of it on GPU {sharding.placement.devices[0].index}."
     counts: dict[str, int] = {}
     for stage in sharding.placement.stages:

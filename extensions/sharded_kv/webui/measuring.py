@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..engine import measure, vram, wording
+from ..engine import devices, text
+from ..engine.metering import compare
 from ..engine.sharding import Sharding
 from .host import Host
 from .state import Measurement
@@ -47,7 +48,7 @@ class Measuring:
                 return
             self._cancelled = ""
             thread = threading.Thread(target=self._run, args=(host, sharding), name="sharded_kv measuring", daemon=True)
-            self._set(phase="waiting", done=0, of=2 * (measure.ROUNDS + 1), message="")
+            self._set(phase="waiting", done=0, of=2 * (compare.ROUNDS + 1), message="")
             try:
                 thread.start()
             except RuntimeError:
@@ -67,16 +68,16 @@ class Measuring:
     def _run(self, host: Host, sharding: Sharding) -> None:
         try:
             comparison = self._measure(host, sharding)
-            names = Counter(vram.name(device) for device in sharding.placement.devices)
+            names = Counter(devices.name(device) for device in sharding.placement.devices)
             gpu = " + ".join(f"{n}x {name}" for name, n in names.items())
             self._set(phase="done", gpu=gpu, model=host.model_name, comparison=comparison)
-        except measure.Cancelled:
+        except compare.Cancelled:
             self._set(phase="cancelled", message=self._cancelled)
         except Exception as error:
             host.logger.exception("sharded_kv: measuring failed.")
-            self._set(phase="failed", message=f"Measuring failed: {wording.of_error(error)}")
+            self._set(phase="failed", message=f"Measuring failed: {text.of_error(error)}")
 
-    def _measure(self, host: Host, sharding: Sharding) -> measure.Comparison:
+    def _measure(self, host: Host, sharding: Sharding) -> compare.Comparison:
         model, tokenizer = host.model, host.tokenizer
 
         def goes_on() -> bool:
@@ -96,7 +97,7 @@ class Measuring:
             time.sleep(_PAUSE_SECONDS)
 
         inputs = tokenizer(PROMPT, return_tensors="pt").to(sharding.placement.main_device)
-        return measure.measure(
+        return compare.compare(
             model, sharding, inputs, turn=turn, goes_on=goes_on, progress=lambda done, of: self._set(done=done, of=of)
         )
 
@@ -106,7 +107,7 @@ class Measuring:
         """Hold `lock`, if there is one, while nobody else replies: not every reply takes it.
 
         Raises:
-            measure.Cancelled: `goes_on` said no while we waited.
+            compare.Cancelled: `goes_on` said no while we waited.
         """
         lock = lock or threading.Lock()
         while goes_on():
@@ -118,7 +119,7 @@ class Measuring:
                 finally:
                     lock.release()
             time.sleep(_WAIT_SECONDS)
-        raise measure.Cancelled
+        raise compare.Cancelled
 
     def _set(self, **changes: Any) -> None:
         self._state = dataclasses.replace(self._state, **changes)

@@ -12,17 +12,16 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
-from ..engine import wording
+from ..engine import text
 from ..engine.sharding import MODES
 from . import view
-from .extension import Extension
 from .host import logger
-from .state import PanelState
+from .state import Controls, PanelState
 
 _FOLDER = Path(__file__).parent
 
 
-def build(extension: Extension) -> None:
+def build(extension: Controls) -> None:
     """Build the panel inside the `gr.Blocks` that is being built."""
     draw = Drawing()
     state = extension.state()
@@ -99,7 +98,7 @@ class Drawing:
         try:
             return view.status(state), view.live(state), view.measurement(state)
         except Exception as error:
-            words = f"The panel cannot be drawn: {wording.of_error(error)}"
+            words = f"The panel cannot be drawn: {text.of_error(error)}"
             if words != self._told:
                 self._told = words
                 with contextlib.suppress(Exception):

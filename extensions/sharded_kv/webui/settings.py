@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..engine import wording
+from ..engine import text
 from ..engine.sharding import MODES
 
 
@@ -48,7 +48,7 @@ def correct(params: dict[str, Any], extension: str, warn: Callable[[str], None])
         value = params[name]
         if not parameter.takes(value):
             warn(
-                f"settings.yaml: {extension}-{name} is {wording.of_value(value)}, but takes {parameter.allowed}. "
+                f"settings.yaml: {extension}-{name} is {text.of_value(value)}, but takes {parameter.allowed}. "
                 f"Going on with {parameter.default!r}."
             )
             params[name] = parameter.default

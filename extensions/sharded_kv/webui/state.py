@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol
 
-from ..engine.measure import Comparison
-from ..engine.meter import Snapshot
+from ..engine.metering.compare import Comparison
+from ..engine.metering.figures import Snapshot
 from ..engine.placement import Placement
 
 
@@ -61,3 +61,22 @@ class PanelState:
     placement: Placement | None = None
     snapshot: Snapshot | None = None
     measurement: Measurement = dataclasses.field(default_factory=Measurement)
+
+
+class Controls(Protocol):
+    """What the panel's controls do, and where it asks for what to show. None of it raises."""
+
+    def state(self) -> PanelState:
+        """All that the panel shows, as of now."""
+
+    def set_activate(self, activate: bool) -> None:
+        """Sharding on or off."""
+
+    def set_mode(self, mode: str) -> None:
+        """How the model runs while sharding is on."""
+
+    def measure(self) -> None:
+        """Begin "Measure on and off"."""
+
+    def cancel_measuring(self) -> None:
+        """Stop it at the next token."""

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
-from ..engine.measure import ROUNDS, Comparison, Measured
-from ..engine.meter import DeviceMemory, Figures, Snapshot, Token
+from ..engine.metering.compare import ROUNDS, Comparison, Measured
+from ..engine.metering.figures import DeviceMemory, Figures, Snapshot, Token
 from ..engine.placement import Placement
 from .state import Measurement, PanelState
 
