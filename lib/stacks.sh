@@ -3,7 +3,7 @@
 
 STACKS=(2023 2024 gptqmodel now) # the last also runs what runs once
 # What no stack makes a difference to.
-RUN_ONCE=('tests/stacks/*' 'tests/tools/test_simulated*' tests/engine/test_wording.py tests/webui/test_{faults,measuring,view}.py)
+RUN_ONCE=('tests/stacks/*' 'tests/tools/test_simulated*' tests/engine/test_{gate,text}.py tests/webui/test_{faults,measuring,view}.py)
 RESULTS="$ROOT/.venv/results"
 SEED="$(date +%Y%m%d)" # of random tests: other ones each day, the same ones all day
 MAX_WORKERS=4 # Each test process loads torch: a gigabyte of memory or so.
@@ -96,10 +96,10 @@ run_suite() { # STACK LAST_STACK PYTEST_OPTION...
 covered_by() { # STACK: the test files during which coverage is measured, which takes up to half as long again
   case "$1" in
     2023) printf 'test_sharding.py' ;; # caches that are tuples
-    2024) printf 'test_caches.py' ;; # caches that are lists
+    2024) printf 'test_kv.py' ;; # caches that are lists
     now)
-      printf '%s ' test_caches.py test_checkpoints.py test_graphs.py test_host_of_hooks.py test_measure.py test_measuring.py \
-        test_meter.py test_placement.py test_sharding.py test_tape.py test_transfers.py test_wording.py \
+      printf '%s ' test_kv.py test_checkpoints.py test_gate.py test_graphs.py test_host_of_hooks.py test_compare.py test_measuring.py \
+        test_meter.py test_placement.py test_sharding.py test_capture.py test_transfers.py test_text.py \
         test_extension.py test_faults.py test_panel.py test_settings.py test_view.py test_watch.py
       ;;
   esac

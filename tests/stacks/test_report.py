@@ -117,14 +117,14 @@ def report_coverage(report, tmp_path):
 
 
 def test_coverage_is_that_of_all_lines_together(report_coverage):
-    status, line = report_coverage(covered(graphs=(98, 100), vram=(390, 400)))
+    status, line = report_coverage(covered(graphs=(98, 100), devices=(390, 400)))
     assert status == 0
     assert re.fullmatch(r"coverage +97\.6 % of the lines of engine/ and webui/ +0 s", line)
 
 
 def test_files_with_too_little_coverage_are_named_the_lowest_first(report_coverage):
-    _, line = report_coverage(covered(graphs=(990, 1000), vram=(9, 10), tape=(8, 10)))
-    assert "; below 95 %: engine/tape.py 80.0 %, engine/vram.py 90.0 %" in line
+    _, line = report_coverage(covered(graphs=(990, 1000), devices=(9, 10), tape=(8, 10)))
+    assert "; below 95 %: engine/tape.py 80.0 %, engine/devices.py 90.0 %" in line
 
 
 def test_too_little_coverage_fails_the_run(report_coverage):
