@@ -48,9 +48,10 @@ def devices(request: pytest.FixtureRequest) -> support.Devices:
 
 
 def pytest_sessionstart() -> None:
-    # A shell has what it starts in the background ignore Ctrl-C, which some tests press.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell has what it starts in the background ignore Ctrl-C, and nohup a closed terminal; some tests send both.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 class _Imports:
