@@ -124,17 +124,12 @@ class KVCache(_Base):  # type: ignore[misc]
         for index, layer in enumerate(self.layers):
             if not IS_LAYERED:
                 self._take_over(index)
-            yield from getattr(layer, "buffers", None) or ()
+            if isinstance(layer, FullLayer):
+                yield from layer.buffers or ()
 
     def tensors(self) -> list[Tensor]:
         """The tensor of each of its `buffers()`."""
-        found = []
-        for index, layer in enumerate(self.layers):
-            if not IS_LAYERED:
-                self._take_over(index)
-            if isinstance(layer, FullLayer) and isinstance(layer._keys, Buffer):
-                found += [layer._keys.tensor, layer._values.tensor]
-        return found
+        return [buffer.tensor for buffer in self.buffers()]
 
     def bytes_by_device(self) -> dict[torch.device, int]:
         """Bytes of all buffers, their room included."""
