@@ -30,7 +30,7 @@ class Figures:
         seconds_per_token: median over the recent decode steps; None before the second token.
         first_token_seconds: from the call of `generate()` until the first token was there; None until then.
         bytes_per_token, copies_per_token: between GPUs, mean over the recent decode steps with sharding on; with it
-            off, when accelerate moves tensors and does not count, of one decode step of the reply.
+            off, when accelerate moves tensors and does not count, of the step that was observed last.
         tokens: how many were measured.
     """
 
