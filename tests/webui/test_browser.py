@@ -113,7 +113,7 @@ def panel(page: Any) -> str:
     return page.inner_text("#sharded_kv")
 
 
-def wait_until(page: Any, holds: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(page: Any, holds: Callable[[], object], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, panel(page)
@@ -184,6 +184,7 @@ def test_another_browser_follows(page: Any, open_page: Callable[..., Any]) -> No
 def test_live_numbers_change_while_replies_are_written(page: Any) -> None:
     page.locator("#demo-keep input").click()
     wait_until(page, lambda: "replying" in panel(page))
+    wait_until(page, lambda: re.search(r"\d", big_number(page)))  # none while the first prompt is computed
     seen = set()
     wait_until(page, lambda: seen.add(big_number(page)) or len(seen) >= 3)
     assert all(re.search(r"\d", number) for number in seen)
