@@ -105,7 +105,6 @@ def truncate_cache(cache: Any, length: int | None) -> bool:
     try:
         if is_own_cache(cache):
             cache.truncate(length)
-            cache.become_plain()  # what has failed may be a part of it
         else:
             _truncate_dynamic(cache, length)
     except ValueError:

@@ -56,6 +56,12 @@ def allocated(device: torch.device) -> Allocated:
     return Allocated(int(counters.memory_allocated(device)), int(counters.max_memory_allocated(device)))
 
 
+def free(device: torch.device) -> int:
+    """Bytes that tensors may still take on `device`: what no process has, and what torch keeps for them."""
+    counters = runtime(device)
+    return int(counters.mem_get_info(device)[0] + counters.memory_reserved(device)) - allocated(device).now
+
+
 def usage(device: torch.device) -> Usage:
     """Read the memory of `device`. Synchronises nothing."""
     free, total = runtime(device).mem_get_info(device)

@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import compat, errors, text
+from . import compat, devices, errors, text
 from .errors import is_ours, mark_as_ours, our_part
 from .gate import Gate
 from .graphs.eligible import NotEligible
 from .patches import Patch, PatchSet, UnhookPatch, wrap, wrap_like
 from .placement import CACHE_NAME, Block, Container, Placement, join
-from .transfers import ForwardState, TrafficCounter, first_device
+from .transfers import ForwardState, TrafficCounter, first_device, tensors_in
 
 if TYPE_CHECKING:
     from .graphs.runner import GraphRunner
     from .reply import Reply
 
 _CACHES = frozenset({CACHE_NAME})
+# Beam search, which takes most, keeps so many tensors of the size of the logits, and of the replies' token ids.
+_TENSORS_BETWEEN_STEPS = 16
 Forward = Callable[..., Any]
 
 
@@ -163,13 +165,20 @@ class Runtime:
                 with self.gate:
                     patches = self.patches
                     if patches is None or patches.hold:
-                        runner = self.runners.get(container.name)
+                        runner, output = self.runners.get(container.name), None
                         if runner is not None:
                             with contextlib.suppress(NotEligible):
-                                return runner.step(
-                                    args, kwargs, functools.partial(self._run_eager, container, inner, ())
-                                )
-                        return self._run_eager(container, inner, args, kwargs, self.counter)
+                                run = functools.partial(self._run_eager, container, inner, ())
+                                output = runner.step(args, kwargs, run)
+                        elif self.runners and self.thread.reply is not None:
+                            for missed in self.runners.values():
+                                missed.note_missed()
+                        if output is None:
+                            output = self._run_eager(container, inner, args, kwargs, self.counter)
+                        if compat.is_own_cache(cache) and cache.room.has_grown:
+                            with our_part():
+                                _leave_free(cache, output)
+                        return output
             except torch.cuda.OutOfMemoryError:
                 if is_last_try or not self._has_given_room_back(cache, length):
                     raise
@@ -180,6 +189,8 @@ class Runtime:
                 self._step_aside(error)
                 if not compat.truncate_cache(cache, length):
                     raise
+                if compat.is_own_cache(cache):
+                    cache.become_plain()  # what has failed may be a part of it
                 return hooked(*args, **kwargs)
             else:
                 return self._renewed(patches, container, hooked)(*args, **kwargs)
@@ -225,12 +236,14 @@ class Runtime:
             raise
 
     def _has_given_room_back(self, cache: Any, length: int | None) -> bool:
-        """Whether there is more memory now, after it ran out in a step: no room ahead, no buffers that nobody uses."""
-        if length is None or not compat.is_own_cache(cache) or not cache.give_room_back(length):
-            return False
-        for runner in self.runners.values():
-            runner.drop_spare()
-        return True
+        """Memory has run out in a step: whether there is more now, and the step can be run again.
+
+        Given back are the buffers that no reply has, and the room ahead in the cache.
+        """
+        spare = [runner.drop_spare() for runner in self.runners.values()]
+        if compat.is_own_cache(cache) and length is not None and cache.give_room_back(length):
+            return True
+        return any(spare) and compat.truncate_cache(cache, length)
 
     # --- when the model was moved, or we have failed ------------------------------------------------------------------
 
@@ -258,11 +271,28 @@ class Runtime:
 
 def _home(container: Container, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
     """Where the first tensor among a container's inputs is, but for caches: there its output goes back to."""
-    for value in (*args, *(value for name, value in kwargs.items() if name not in container.cache_names)):
-        device = value.device if isinstance(value, Tensor) else first_device(value)
+    for name, value in (*enumerate(args), *kwargs.items()):
+        device = None if name in container.cache_names else first_device(value)
         if device is not None:
             return device
     return None
+
+
+def _leave_free(cache: Any, output: Any) -> None:
+    """See to it that the room ahead in a cache, and graphs, leave memory for what generate() does between two steps.
+
+    Memory that runs out there is nothing that we could make up for.
+
+    Args:
+        cache: a KVCache.
+        output: of the step; the logits come first in it, [batch, tokens, vocabulary].
+    """
+    cache.room.has_grown = False
+    logits = next(tensors_in(output), None)
+    if logits is not None and logits.dim() == 3 and logits.device.type != "cpu":
+        of_a_row = 4 * logits.shape[-1] + 8 * max(cache.length, cache.room.longest or 0)  # float32, int64
+        if devices.free(logits.device) < _TENSORS_BETWEEN_STEPS * logits.shape[0] * of_a_row:
+            cache.give_room_back(cache.length)
 
 
 def _met_on_two_devices(error: Exception) -> bool:

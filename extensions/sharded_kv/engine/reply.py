@@ -44,9 +44,7 @@ class Reply:
         self._longest = _longest(model, args, kwargs)
         kept: Any = kwargs.get(CACHE_NAME)
         if compat.is_own_cache(kept):
-            kept.room.longest = self._longest
-            if kept.graphs is not None:  # the model may have changed since
-                kept.graphs.distrust()
+            kept.begin_reply(self._longest)
 
     def own_cache(self, cache: Any, runner: GraphRunner | None) -> Any:
         """The cache of the reply: a KVCache in place of generate()'s empty DynamicCache; another kind as it is.

@@ -13,6 +13,7 @@ from torch import nn
 from . import text
 from .eager import EagerPatches, Runtime
 from .gate import Gate
+from .graphs import eligible
 from .metering.meter import Meter
 from .placement import Placement, read_placement
 from .reply import ReplyPatches, new_cache_for, writes_replies
@@ -156,7 +157,12 @@ class Sharding:
     def reason_for_eager(self) -> str:
         """In graph mode: one sentence on why the latest decode step ran without graphs; "" if it ran with them."""
         runners = self._runtime.runners.values()
-        return max(runners, key=lambda runner: runner.latest).reason if runners else ""
+        if runners:
+            return max(runners, key=lambda runner: runner.latest).reason
+        model = None if self._model is None else self._model()
+        if model is None or self._mode == "eager" or not self.enabled:
+            return ""
+        return eligible.GENERATES_HOOKED if writes_replies(type(model)) else eligible.NOTHING_GENERATES
 
     def new_cache(self) -> Any:
         """An empty KVCache for a loop of one's own: ``model(ids, past_key_values=cache)``. Graphs serve it too.

@@ -15,7 +15,8 @@ from ..placement import CACHE_NAME
 from ..transfers import TrafficCounter, is_plain, tensors_in
 from .capture import Capture, CapturedStep
 from .eligible import DecodeStep
-from .trace import CannotCapture, OpTrace
+from .fingerprint import Fingerprint
+from .trace import CannotCapture, OpTrace, hooks_that_run
 
 # How far a replay's logits may be from the step's own, relative to the largest: in 16 bits one GPU differs from itself
 # by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
@@ -48,6 +49,8 @@ class DecodeGraph:
         self._state = State.COLD
         self._devices = of_devices
         self._ops: list[Any] = []
+        self._hooked: list[str] = []  # modules whose hooks the traced step has run
+        self._fingerprint: Fingerprint | None = None  # of the model, when the graphs were verified
         self._captured: CapturedStep | None = None
         self._output: Any = None
         ids = step.tensors["input_ids"]
@@ -68,17 +71,20 @@ class DecodeGraph:
         else:
             self._mask[:, :length].copy_(step.mask)
         self._mask[:, length:] = 0
+        if self._fingerprint is not None and not self._fingerprint.holds():
+            self.distrust()
         if self._state is State.VERIFIED:
             self._replay(counter)
         elif self._state is State.TRACED:
             self._capture(step, run)
-            self._verify(self._run(step, run, counter), counter)
+            self._verify(step, self._run(step, run, counter), counter)
         else:
             return self._trace(step, run, counter)
         return _copied(self._output, step.cache)
 
     def distrust(self) -> None:
         """Compare a step before the graphs are replayed."""
+        self._fingerprint = None
         if self._state is State.VERIFIED:
             self._state = State.CAPTURED
 
@@ -86,7 +92,7 @@ class DecodeGraph:
         """Free the graphs."""
         if self._captured is not None:
             self._captured.free()
-        self._captured = self._output = None
+        self._captured = self._output = self._fingerprint = None
         self._state = State.COLD
 
     def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
@@ -96,10 +102,10 @@ class DecodeGraph:
 
     def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
         trace = OpTrace()
-        with _plain_mode(), trace:
+        with _plain_mode(), hooks_that_run(step.model) as self._hooked, trace:
             output = self._run(step, run, counter)
-        if self._state is State.CAPTURED and trace.ops == self._ops:
-            self._verify(output, counter)
+        if self._state is State.CAPTURED and trace.ops == self._ops and not self._hooked:
+            self._verify(step, output, counter)
         else:
             self.free()
             self._state = State.TRACED
@@ -107,6 +113,8 @@ class DecodeGraph:
         return output
 
     def _capture(self, step: DecodeStep, run: Run) -> None:
+        if self._hooked:
+            raise CannotCapture(f"Somebody's hook is on {self._hooked[0]}, which a graph would not run.")
         # A pool whose graphs are all gone cannot be used again.
         capture = Capture({device: devices.runtime(device).graph_pool_handle() for device in self._devices})
         with _plain_mode(), capture.recording():
@@ -114,6 +122,7 @@ class DecodeGraph:
         self._output = _template(output, step.cache)
         self._captured = capture.captured(list(tensors_in(self._output)))
         self._state = State.CAPTURED
+        step.cache.room.has_grown = True
         if capture.ops != self._ops:
             raise CannotCapture(_difference(self._ops, capture.ops))
 
@@ -122,7 +131,7 @@ class DecodeGraph:
         self._captured.replay()
         counter.add_all(self._captured.crossing)
 
-    def _verify(self, output: Any, counter: TrafficCounter) -> None:
+    def _verify(self, step: DecodeStep, output: Any, counter: TrafficCounter) -> None:
         """Replay the step that gave `output`, and compare."""
         self._replay(counter)
         for ours, theirs in zip(tensors_in(self._output), tensors_in(output), strict=True):
@@ -130,7 +139,7 @@ class DecodeGraph:
             is_far = (difference > _TOLERANCE * largest) | (ours.isnan() != theirs.isnan()).any()
             if bool(is_far):
                 raise CannotCapture("Its graphs compute something else than its forward, though they look the same.")
-        self._state = State.VERIFIED
+        self._state, self._fingerprint = State.VERIFIED, Fingerprint(step.model)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from ..transfers import is_plain
 from .trace import CannotCapture
 
 _ATTENTION = ("sdpa", "eager")  # these take any mask that is added to the scores
-_PACKAGE = __name__.rpartition(".graphs")[0]
 
 
 class NotEligible(Exception):
@@ -30,6 +29,7 @@ class DecodeStep:
     """A decode step, as the model is called for it.
 
     Attributes:
+        model: what was called.
         cache: the reply's KVCache.
         length: how many tokens it holds.
         mask: [batch, length + 1], which of them count, or None for all.
@@ -38,6 +38,7 @@ class DecodeStep:
         graph_key: what two steps have in common that share a graph.
     """
 
+    model: nn.Module
     cache: Any
     length: int
     mask: Tensor | None
@@ -61,7 +62,7 @@ class Rules:
         self._against_placement = _against_placement(placement)
 
     def against_model(self, model: nn.Module) -> str:
-        """Why no step of the model is eligible as it is now; "" if one may be. Asked once for each cache."""
+        """Why no step of the model is eligible as it is now; "" if one may be. Asked once for each reply."""
         if self._against_placement:
             return self._against_placement
         if getattr(model, "is_loaded_in_8bit", False):
@@ -69,7 +70,7 @@ class Rules:
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         if attention not in _ATTENTION:
             return f"Its attention is {attention}: graph mode needs sdpa or eager attention."
-        return _against_hooks(model)
+        return ""
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecodeStep:
         """A call of the model as a decode step.
@@ -81,6 +82,10 @@ class Rules:
         cache: Any = named.get(CACHE_NAME)
         ids: Any = named.get("input_ids")
         mask = named.get("attention_mask")
+        if CACHE_NAME not in self._names:
+            raise NotEligible("This model keeps no keys and values of the tokens before, to which graphs would add.")
+        if named.get("use_cache") is False:
+            raise NotEligible("The model was called without using its cache.")
         if cache is None or (not isinstance(cache, (tuple, list)) and not cache.get_seq_length()):
             raise NotEligible  # a prompt
         if reason := _against_call(model, named, cache, ids, self._main_device):
@@ -110,15 +115,13 @@ class Rules:
                 tensors[name] = torch.full(shape, length, dtype=torch.int64, device=ids.device)
         shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
         graph_key = (*shapes, *[(name, repr(value)) for name, value in sorted(plain.items())])
-        return DecodeStep(cache, length, mask, tensors, plain, graph_key)
+        return DecodeStep(model, cache, length, mask, tensors, plain, graph_key)
 
 
 def _against_call(
     model: nn.Module, named: dict[str, Any], cache: Any, ids: Any, main_device: torch.device | None
 ) -> str:
     """Why a call with a cache that holds something is no step for graphs; "" if it may be one."""
-    if named.get("use_cache") is False:
-        return "The model was called without using its cache."
     if isinstance(cache, (tuple, list)):
         return "This version of transformers keeps this model's cache in tuples: graph mode needs a newer one."
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -164,13 +167,9 @@ def past_window(window: int) -> str:
     return f"The reply is longer than the model's sliding window of {window} tokens."
 
 
-def no_room(tokens: int, error: Exception) -> str:
-    """There was no memory for buffers or graphs."""
-    first = str(error).split(". ", 1)[0]
-    return f"There is no room for a static cache of {tokens} tokens and its graphs ({first})."
-
-
-NO_ROOM_LEFT = "There is no room for a static cache and its graphs beside what is in memory."
+NO_ROOM = "There is no room for a static cache and its graphs beside what is in memory."
+NOTHING_GENERATES = "The model has no generate() of transformers' kind, so it has no decode steps."
+GENERATES_HOOKED = "Somebody's hook is on the model beside accelerate's: it runs as accelerate has it."
 
 
 def not_captured(error: Exception) -> str:
@@ -184,7 +183,7 @@ def not_captured(error: Exception) -> str:
 
 def failed(error: Exception) -> str:
     """Something of ours has failed."""
-    return f"Graph mode has failed and is off for this model: {text.of_error(error)}"
+    return f"Graph mode has failed, and is off for this reply: {text.of_error(error)}"
 
 
 def _against_placement(placement: Placement) -> str:
@@ -194,15 +193,6 @@ def _against_placement(placement: Placement) -> str:
     for device in placement.devices:
         if not hasattr(devices.runtime(device) if device.type != "cpu" else None, "CUDAGraph"):
             return f"Graphs need CUDA GPUs, and part of the model is on {device}."
-    return ""
-
-
-def _against_hooks(model: nn.Module) -> str:
-    """Hooks of other people's rule graphs out: a replay runs no Python."""
-    for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if name and any(not type(hook).__module__.startswith(_PACKAGE) for hook in hooks):
-            return f"Somebody's hook is on {name}, which a graph would not run."
     return ""
 
 

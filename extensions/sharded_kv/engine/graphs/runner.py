@@ -22,11 +22,13 @@ import torch
 from torch import nn
 
 from .. import text
+from ..patches import Wrapped
 from ..placement import Placement
 from ..transfers import TrafficCounter
 from . import eligible
 from .decode import DecodeGraph, Run
 from .eligible import DecodeStep, NotEligible
+from .fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ class GraphRunner:
         self._rules = eligible.Rules(model, placement)
         self._devices = placement.devices
         self._counter = counter
-        self._refusals: dict[Any, str] = {}  # by a step's graph key
-        self._failure = ""
+        self._refusals: dict[Any, str] = {}  # by a step's graph key, while the model is as it was then
+        self._refused: Fingerprint | None = None
         self._logged: set[str] = set()
         self._living: weakref.WeakSet[CacheGraphs] = weakref.WeakSet()
         self._spare: CacheGraphs | None = None  # of a cache that is gone, with its buffers
@@ -72,24 +74,30 @@ class GraphRunner:
 
         Raises:
             NotEligible: it is no step for graphs. The model's cache is as before.
+            torch.OutOfMemoryError: there is no memory for room or graphs.
         """
-        graphs = step = None
+        step = None
         self.latest = next(_steps)
         try:
-            if self._failure:
-                raise NotEligible(self._failure)
             model = self._model()
             assert model is not None  # it is being called
             step = self._rules.read(model, args, kwargs)
-            graphs = self._graphs_for(step, model)
-            output = graphs.step(step, run, self._counter)
+            output = self._graphs_for(step).step(step, run, self._counter)
         except NotEligible as reason:
             self._say(str(reason), logging.INFO)
             raise
+        except torch.cuda.OutOfMemoryError:  # the step is run again without room ahead
+            raise
         except Exception as error:  # neither a defect of ours nor what cannot be captured costs anybody a reply
-            raise NotEligible(self._refuse(step, graphs, error)) from error
+            raise NotEligible(self._refuse(step, error)) from error
         self.reason = ""
         return output
+
+    def note_missed(self) -> None:
+        """A part of the model runs in a reply, and the model's forward did not come here."""
+        model = self._model()
+        if model is not None and not isinstance(vars(model).get("forward"), Wrapped):
+            self.latest, self.reason = next(_steps), eligible.GENERATES_HOOKED
 
     def offer_spare(self, room: Any) -> CacheGraphs | None:
         """Have a new cache's buffers be those of an earlier reply, if there are any.
@@ -111,11 +119,12 @@ class GraphRunner:
         self.drop_spare()
         self._spare = graphs
 
-    def drop_spare(self) -> None:
-        """Free the buffers that no reply has, and the graphs on them."""
+    def drop_spare(self) -> bool:
+        """Free the buffers that no reply has, and the graphs on them. Returns whether there were any."""
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.let_go()
+        return spare is not None
 
     def close(self) -> None:
         """Free all graphs, and the buffers that no reply has. No step runs meanwhile."""
@@ -129,35 +138,25 @@ class GraphRunner:
             self._logged.add(reason)
             logger.log(level, "Without graphs: %s", text.one_line(reason))
 
-    def _refuse(self, step: DecodeStep | None, graphs: CacheGraphs | None, error: Exception) -> str:
-        """What to do without graphs for, after an error: one sentence.
-
-        Raises:
-            torch.OutOfMemoryError: there is no memory to have room in the cache: the step is tried again without.
-        """
-        if step is None or graphs is None:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise error
-            reason = self._failure = eligible.failed(error)
-        elif isinstance(error, torch.cuda.OutOfMemoryError):
-            reason = graphs.refusal = eligible.no_room(graphs.width, error)
+    def _refuse(self, step: DecodeStep | None, error: Exception) -> str:
+        """What to do without graphs for, after an error: one sentence."""
+        if step is None:
+            reason = eligible.failed(error)
         else:
             reason = self._refusals[step.graph_key] = eligible.not_captured(error)
-        if graphs is not None:
             with contextlib.suppress(Exception):  # what does not let itself be freed may be what has failed
-                graphs.free()
+                self._refused = Fingerprint(step.model)
+                step.cache.graphs.free()
         logger.debug("A step has failed in graph mode.", exc_info=error)
         self._say(reason, logging.WARNING)
         return reason
 
-    def _graphs_for(self, step: DecodeStep, model: nn.Module) -> CacheGraphs:
+    def _graphs_for(self, step: DecodeStep) -> CacheGraphs:
         """The graphs of the step's cache, which has room for a token.
 
         Raises:
             NotEligible: the step or the cache cannot be used in graphs, or there is no memory for room.
         """
-        if step.graph_key in self._refusals:
-            raise NotEligible(self._refusals[step.graph_key])
         graphs: CacheGraphs | None = step.cache.graphs
         tensors = step.cache.tensors()
         if (
@@ -168,20 +167,22 @@ class GraphRunner:
         ):
             graphs = self._new_graphs(step.cache)
         if graphs.refusal is None:
-            graphs.refusal = self._rules.against_model(model) or eligible.against_cache(step.cache)
-            graphs.window = eligible.window(step.cache, model)
-        if graphs.refusal:
-            raise NotEligible(graphs.refusal)
+            if self._refusals and self._refused != Fingerprint(step.model):
+                self._refusals = {}
+            graphs.refusal = self._rules.against_model(step.model) or eligible.against_cache(step.cache)
+            graphs.window = eligible.window(step.cache, step.model)
+        if reason := graphs.refusal or self._refusals.get(step.graph_key):
+            raise NotEligible(reason)
         if graphs.window is not None and step.length + 1 > graphs.window:
             raise NotEligible(eligible.past_window(graphs.window))
         if step.length + 1 <= graphs.width:
             return graphs
         if step.cache.room.is_tight:
-            raise NotEligible(eligible.NO_ROOM_LEFT)
+            raise NotEligible(eligible.NO_ROOM)
         graphs.let_go()  # or old buffers would be there beside the new ones
         del tensors
         step.cache.make_room()
-        return self._graphs_for(step, model)
+        return self._graphs_for(step)
 
     def _new_graphs(self, cache: Any) -> CacheGraphs:
         if cache.graphs is not None:

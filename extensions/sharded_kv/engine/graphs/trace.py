@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..transfers import tensors_in
@@ -14,6 +18,9 @@ from ..transfers import tensors_in
 _aten = torch.ops.aten
 # Values of tensors on the host are compared from step to step; a larger one is none that a forward makes anew.
 _MOST_HOST_VALUES = 1024
+# Hooks of these do nothing in a step that may be a graph: our own, and those by which transformers 5 collects hidden
+# states and attentions, which it never takes off.
+_IDLE_HOOKS = (__name__.rpartition(".graphs")[0], "transformers.utils.output_capturing")
 
 
 class CannotCapture(Exception):
@@ -105,3 +112,44 @@ def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
         if argument.name == name:
             return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
     return None
+
+
+@contextlib.contextmanager
+def hooks_that_run(model: nn.Module) -> Iterator[list[str]]:
+    """Within, takes down the names of modules below the model whose hooks are run: people's own, which a replay skips.
+
+    Hooks that no step runs, as those on a vision tower, do no harm. Watching every call of a function makes a step
+    take twice as long: it is done where there are hooks.
+    """
+    watched: dict[types.CodeType, str] = {}
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if name else ():
+            if not getattr(hook, "__module__", type(hook).__module__).startswith(_IDLE_HOOKS):
+                code = _code(hook)
+                ran += [name] if code is None else []
+                watched |= {} if code is None else {code: name}
+    before = sys.getprofile()
+    if not watched or before is not None:  # somebody else watches: then all of them count
+        yield ran + list(watched.values())
+        return
+
+    def note(frame: types.FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code in watched:
+            ran.append(watched[frame.f_code])
+
+    sys.setprofile(note)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(None)
+
+
+def _code(hook: Any) -> types.CodeType | None:
+    """What a call of the hook runs first; None if that is not written in Python."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    if not isinstance(hook, (types.FunctionType, types.MethodType)):
+        hook = type(hook).__call__
+    code: types.CodeType | None = getattr(hook, "__code__", None)
+    return code

@@ -56,6 +56,7 @@ class Room:
         spare: tensors of an earlier reply, in the order in which they were made there, to be used again.
         let_go: called before another tensor is made: whoever holds the buffers there are shall hold them no longer.
         is_tight: memory ran out with the room that there was ahead: from then on there is none.
+        has_grown: room was made ahead, or graphs, since somebody has seen to it that enough memory is left.
     """
 
     longest: int | None = None
@@ -64,6 +65,7 @@ class Room:
     spare: list[Tensor] = dataclasses.field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
     is_tight: bool = False
+    has_grown: bool = False
     _used: int = 0  # of the spare ones
     _places: dict[torch.device, Place] = dataclasses.field(default_factory=dict)
 
@@ -105,6 +107,7 @@ class Room:
             del spare
         self.spare = []
         self.let_go()
+        self.has_grown = not is_prompt
         return _zeros(like, needed if is_prompt else capacity)
 
 
@@ -214,6 +217,10 @@ class Buffer:
         else:
             self._hold(tensor, tensor.shape[2], is_ours=False)
 
+    def reorder(self, index: Tensor) -> None:
+        """Have the rows in another order: first the one that `index`, [batch], names first, and so on."""
+        self.set(self.filled.index_select(0, index))
+
     def truncate_at(self, end: int) -> None:
         """Forget the tokens from the place `end` of the tensor on. They become zeros: graphs read all of a buffer, and
         a masked token counts 0 times its value, which is NaN if that is.
@@ -240,8 +247,14 @@ class Buffer:
 
     def give_room_back(self) -> None:
         """Take no more memory than what is filled needs."""
-        if self.length < self.tensor.shape[2]:
+        if self.length == self.tensor.shape[2]:
+            return
+        try:
             self._hold(self.filled.clone(), self.length)
+        except torch.cuda.OutOfMemoryError:  # not even for a moment both
+            device, filled = self.tensor.device, self.filled.cpu()
+            del self.tensor
+            self._hold(filled.to(device), self.length)
 
     def can_go_back(self, count: int, kept: int) -> bool:
         """Whether the `kept` tokens before the last `count` are still here."""

@@ -107,6 +107,24 @@ class KVCache(_Base):  # type: ignore[misc]
         if not IS_LAYERED:
             self._take_over(layer_idx)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Have the rows of each layer in another order, for beam search, which asks between two steps.
+
+        Args:
+            beam_idx: [batch], of each row the one that comes there.
+        """
+        for layer in self.layers:
+            if not isinstance(layer, FullLayer):
+                layer.reorder_cache(beam_idx)
+        for buffer in self.buffers():
+            index = beam_idx.to(buffer.tensor.device)
+            try:
+                buffer.reorder(index)
+            except torch.cuda.OutOfMemoryError:
+                if not self.give_room_back(self.length):
+                    raise
+                buffer.reorder(index)
+
     # --- what the engine asks -------------------------------------------------------------------------------------
 
     @property
@@ -152,6 +170,12 @@ class KVCache(_Base):  # type: ignore[misc]
                 layer.truncate(length)
             else:
                 layer.reset()
+
+    def begin_reply(self, longest: int | None) -> None:
+        """Another reply goes on with it, which may reach so many tokens; None if nobody knows."""
+        self.room.longest, self.room.is_tight = longest, False
+        if self.graphs is not None:  # the model may have changed since
+            self.graphs.distrust()
 
     def make_room(self) -> None:
         """Have one token more fit into all buffers, and what else there shall be room for."""

@@ -85,12 +85,6 @@ class ListedCache(DynamicCache):  # type: ignore[misc]
         self._take_over(index)
         return int(self.layers[index].get_seq_length())
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Have the rows of each layer in another order, for beam search."""
-        for index, layer in enumerate(self.layers):
-            self._take_over(index)
-            layer.reorder_cache(beam_idx)
-
     def _take_over(self, index: int) -> None:
         """Have a layer hold what somebody has set in one of the lists."""
         for name, shown in self._lists.items():
