@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+_version = operator.attrgetter("_version")
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -108,13 +110,15 @@ class _Inputs:
         device: where the module is.
         given: what it was given.
         moved: what that became.
-        records: of the copies in `moved`.
+        tensors: those that were copied, and their copies.
+        versions: how each of `tensors` looked when the copy was made.
     """
 
     device: torch.device
     given: dict[str, Any]
     moved: dict[str, Any]
-    records: list[_Copy]
+    tensors: list[Tensor]
+    versions: list[int]
 
 
 class ForwardState:
@@ -220,7 +224,7 @@ class ForwardState:
             and len(shared.given) == len(kwargs)  # the same objects under the same names, in the same order
             and all(map(operator.is_, shared.given.values(), kwargs.values()))
             and all(map(operator.eq, shared.given, kwargs))
-            and all(map(self._is_good, shared.records))
+            and all(map(operator.eq, map(_version, shared.tensors), shared.versions))
         ):
             return args, shared.moved
         known = len(self._memo)
@@ -241,7 +245,8 @@ class ForwardState:
 
     def _as_shared(self, given: dict[str, Any], moved: dict[str, Any], device: torch.device) -> _Inputs | None:
         """What to look up as a whole when it comes again; None where that takes more than to look at the copies."""
-        records = []
+        tensors: list[Tensor] = []
+        versions: list[int] = []
         for key, value in given.items():
             kind = _kinds[type(value)]
             if kind == "inert":
@@ -253,10 +258,17 @@ class ForwardState:
                 if source is copy and isinstance(source, Tensor):
                     continue  # it is there
                 record = self._memo.get((id(source), device))
-                if record is None or record.copy is not copy:
+                if (
+                    record is None
+                    or record.copy is not copy
+                    or record.source_version is None
+                    or record.copy_version is None
+                    or (source.requires_grad and not copy.requires_grad)
+                ):
                     return None
-                records.append(record)
-        return _Inputs(device, given, moved, records)
+                tensors += [source, copy]
+                versions += [record.source_version, record.copy_version]
+        return _Inputs(device, given, moved, tensors, versions)
 
     def move_home(self, output: Any, device: torch.device, keep: frozenset[str] = frozenset()) -> Any:
         """An output on `device`, but for what `keep` names in it.
