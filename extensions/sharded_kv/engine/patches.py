@@ -24,6 +24,10 @@ class Wrapped(functools.partial):  # type: ignore[type-arg]
 
     patch: Patch
 
+    def become(self, other: Callable[..., Any]) -> None:
+        """Be nothing but another callable, for whoever has kept this one."""
+        self.__setstate__((other, (), {}, {"patch": self.patch}))  # type: ignore[attr-defined]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The deep copy of a model is as the model was before: with what stood here, bound to the copy."""
         return self.patch.before_for(copy.deepcopy(self.patch.owner, memo), memo)
@@ -60,13 +64,17 @@ class Patch:
         setattr(self.owner, self.name, self.ours)
 
     def restore(self) -> None:
-        """Put back what was there, unless somebody else has replaced ours meanwhile."""
-        if not self.in_place:
+        """Put back what was there. If somebody has replaced ours meanwhile, theirs stays, and calls what was there."""
+        if self.in_place:
+            if self._before is _MISSING:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self._before)
             return
-        if self._before is _MISSING:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self._before)
+        before = self._of_class(self.owner) if self._before is _MISSING else self._before
+        if vars(self.owner).get("_old_forward") is self.ours:  # a hook of accelerate that came later
+            self.owner._old_forward = before
+        self.ours.become(before)
 
     def before_for(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
         """A deep copy of what was there, for a deep copy of the owner."""
