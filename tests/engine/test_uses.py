@@ -1,0 +1,516 @@
+"""What people do with a spread model besides replying: graphs have accelerate's tokens, or step aside and come back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine.graphs import capture
+from tests import support
+from tools import models, simulated
+
+VERSION = Version(transformers.__version__)
+pytestmark = pytest.mark.skipif(Version("4.44") > VERSION, reason="no graph mode with this transformers")
+TOKENS = 20
+
+
+@pytest.fixture
+def places(devices: support.Devices) -> list[str]:
+    return devices.up_to(2)
+
+
+@pytest.fixture
+def model(places: list[str]) -> Any:
+    return build(places)
+
+
+@pytest.fixture
+def sharding(model: Any) -> Sharding:
+    return in_graph_mode(model)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every step that is replayed, of any model."""
+    replayed: list[object] = []
+
+    class CapturedStep(capture.CapturedStep):
+        def replay(self) -> None:
+            replayed.append(self)
+            super().replay()
+
+    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
+    return replayed
+
+
+def build(places: list[str], family: str = "llama", **options: Any) -> Any:
+    options = {"num_hidden_layers": 4} | options
+    return support.spread(models.build(support.family_or_skip(family), **options), places)
+
+
+def in_graph_mode(model: Any) -> Sharding:
+    sharding = shard(model)
+    sharding.mode = "graph"
+    return sharding
+
+
+def reply(model: Any, tokens: int = TOKENS, seed: int = 0, **options: Any) -> list[list[int]]:
+    """A greedy reply to one prompt."""
+    ids = support.prompts(1, seed=seed)["input_ids"].to(place_of(model))
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens} | options
+    with torch.no_grad():
+        replied: list[list[int]] = model.generate(ids, **options).tolist()
+    return replied
+
+
+def place_of(model: Any) -> torch.device:
+    return next(parameter.device for parameter in model.parameters())
+
+
+def loop(
+    model: Any, cache: Any, ids: Tensor, tokens: int = TOKENS, at: Callable[[int, Any], None] | None = None
+) -> Any:
+    """A greedy reply by a loop of one's own.
+
+    Args:
+        at: called after each token with its number and the cache.
+    """
+    replied = []
+    with torch.no_grad():
+        out = model(ids.to(place_of(model)), past_key_values=cache, use_cache=None)
+        for index in range(tokens):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            replied += token.flatten().tolist()
+            if at is not None:
+                at(index, out.past_key_values)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    return replied
+
+
+def by_accelerate(sharding: Sharding, run: Callable[[], Any]) -> Any:
+    """What `run` gives with sharding off."""
+    sharding.disable()
+    try:
+        return run()
+    finally:
+        sharding.enable()
+
+
+class At(StoppingCriteria):
+    """Does something after some tokens of a reply, and never stops it."""
+
+    def __init__(self, length: int, do: Callable[[], None]) -> None:
+        self._length, self._do = length, do
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if input_ids.shape[1] == self._length:
+            self._do()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def at_token(number: int, do: Callable[[], None]) -> StoppingCriteriaList:
+    """Criteria that do something after so many new tokens."""
+    return StoppingCriteriaList([At(support.prompts(1)["input_ids"].shape[1] + number, do)])
+
+
+# --- a cache that is changed, saved and kept --------------------------------------------------------------------------
+
+
+def keys_of(cache: Any, layer: int) -> Any:
+    return cache.layers[layer].keys if hasattr(transformers.DynamicCache(), "layers") else cache.key_cache[layer]
+
+
+def values_of(cache: Any, layer: int) -> Any:
+    return cache.layers[layer].values if hasattr(transformers.DynamicCache(), "layers") else cache.value_cache[layer]
+
+
+def set_values(cache: Any, layer: int, values: Tensor) -> None:
+    if hasattr(transformers.DynamicCache(), "layers"):
+        cache.layers[layer].values = values
+    else:
+        cache.value_cache[layer] = values
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "added to": lambda cache: values_of(cache, 2)[:, :, 2:6].add_(3),
+    "zeroed": lambda cache: values_of(cache, 1).zero_(),
+    "indexed": lambda cache: keys_of(cache, 3).index_fill_(
+        2, torch.tensor([1, 4], device=keys_of(cache, 3).device), 0.5
+    ),
+    "set": lambda cache: set_values(cache, 0, values_of(cache, 0) * 0.5),
+    "cropped": lambda cache: cache.crop(-2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_that_is_changed_between_tokens_is_read_as_it_is_then(
+    model: Any, sharding: Sharding, replays: list[object], change: str
+) -> None:
+    def at(index: int, cache: Any) -> None:
+        if index in (5, 11):
+            CHANGES[change](cache)
+
+    ids = support.prompts(1)["input_ids"]
+    plain = models.build("llama", num_hidden_layers=4)
+    expected = loop(plain, transformers.DynamicCache(), ids, at=at)
+    assert expected != loop(plain, transformers.DynamicCache(), ids)
+    assert loop(model, sharding.new_cache(), ids, at=at) == expected
+    assert replays
+
+
+@pytest.mark.skipif(Version("4.45") > VERSION, reason="generate() asks an empty cache of the caller's for its length")
+def test_a_cache_that_is_changed_before_and_between_replies_is_read_as_it_is_then(
+    model: Any, sharding: Sharding, replays: list[object]
+) -> None:
+    def replies(model: Any, cache: Any) -> list[Any]:
+        ids, replied = support.prompts(1)["input_ids"].to(place_of(model)), []
+        for _ in range(3):
+            with torch.no_grad():
+                ids = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+            replied.append(ids.tolist())
+            CHANGES["added to"](cache)
+        return replied
+
+    expected = replies(models.build("llama", num_hidden_layers=4), transformers.DynamicCache())
+    assert replies(model, sharding.new_cache()) == expected
+    assert replays
+
+
+def test_a_cache_can_be_saved_in_the_midst_of_a_reply(model: Any, sharding: Sharding, replays: list[object]) -> None:
+    saved = io.BytesIO()
+
+    def at(index: int, cache: Any) -> None:
+        if index == 11:
+            torch.save(cache, saved)
+
+    ids = support.prompts(1)["input_ids"]
+    plain, cache = models.build("llama", num_hidden_layers=4), transformers.DynamicCache()
+    assert loop(model, sharding.new_cache(), ids, at=at) == loop(plain, cache, ids)
+    assert replays
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    assert type(loaded) is transformers.DynamicCache
+    assert loaded.get_seq_length() == ids.shape[1] + 11
+    for layer in range(4):
+        kept = keys_of(cache, layer)[:, :, : ids.shape[1] + 11]
+        torch.testing.assert_close(keys_of(loaded, layer).cpu(), kept, rtol=1e-4, atol=1e-4)
+
+
+def test_conversations_that_take_turns_each_have_graphs(model: Any, sharding: Sharding, replays: list[object]) -> None:
+    plain = models.build("llama", num_hidden_layers=4)
+    ours = {name: sharding.new_cache() for name in "AB"}
+    theirs = {name: transformers.DynamicCache() for name in "AB"}
+    for turn, name in enumerate("ABAB"):
+        ids = support.prompts(1, seed=turn)["input_ids"]
+        before = len(replays)
+        assert loop(model, ours[name], ids) == loop(plain, theirs[name], ids)
+        assert len(replays) - before >= TOKENS - 3
+        assert sharding.reason_for_eager == ""
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
+def test_after_a_reply_that_wanted_more_than_tokens_graphs_are_back(
+    places: list[str], replays: list[object], wanted: str
+) -> None:
+    options = {"attn_implementation": "eager"} if wanted == "output_attentions" else {}
+    model = build(places, **options)
+    sharding = in_graph_mode(model)
+    right = by_accelerate(sharding, lambda: reply(model))
+    ids = support.prompts(1)["input_ids"].to(place_of(model))
+    with torch.no_grad():
+        model(ids, **{wanted: True})
+        model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, **{wanted: True})
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+    assert replays
+
+
+def test_hooks_that_a_decode_step_does_not_run_do_no_harm(places: list[str], replays: list[object]) -> None:
+    model = build(places)
+    model.tower = nn.Linear(4, 4).to(places[0])
+    model.tower.register_forward_hook(lambda *_: None)
+    model.tower.register_forward_pre_hook(functools.partial(lambda *_: None))
+    sharding = in_graph_mode(model)
+    right = by_accelerate(sharding, lambda: reply(model))
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+    assert replays
+
+
+class Callable_:
+    """A hook that is no function."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("kind", ["function", "partial", "object", "method"])
+def test_a_hook_that_a_step_runs_is_run_once_for_each_token(model: Any, sharding: Sharding, kind: str) -> None:
+    counted = Callable_()
+    hooks: dict[str, Callable[..., Any]] = {
+        "function": lambda *_: counted(),
+        "partial": functools.partial(lambda *_: counted()),
+        "object": counted,
+        "method": counted.__call__,
+    }
+    handle = model.get_submodule("model.layers.1.mlp").register_forward_hook(hooks[kind])
+    right = by_accelerate(sharding, lambda: reply(model))
+    expected, counted.calls = counted.calls, 0
+    assert reply(model) == right
+    assert counted.calls == expected
+    assert "hook is on model.layers.1.mlp" in sharding.reason_for_eager
+    handle.remove()
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+
+
+# --- a reason for everything that runs without graphs -----------------------------------------------------------------
+
+
+def test_a_reply_without_a_cache_says_so(model: Any, sharding: Sharding) -> None:
+    right = by_accelerate(sharding, lambda: reply(model))
+    assert reply(model, use_cache=False) == right
+    assert "without using its cache" in sharding.reason_for_eager
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MambaForCausalLM", {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}),
+        ("OpenAIGPTLMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 2}),
+    ],
+)
+def test_a_model_without_keys_and_values_says_so(places: list[str], name: str, options: dict[str, Any]) -> None:
+    if len(places) < 2:
+        pytest.skip("needs two devices")
+    of = getattr(transformers, name)
+    small = of(of.config_class(vocab_size=models.VOCAB_SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options))
+    model = support.spread(small.eval(), places)
+    sharding = in_graph_mode(model)
+    right = by_accelerate(sharding, lambda: reply(model))
+    assert reply(model) == right
+    assert "no keys and values" in sharding.reason_for_eager
+
+
+def test_a_hook_of_accelerates_kind_that_is_put_on_the_model_has_a_reason(model: Any, sharding: Sharding) -> None:
+    class Halved(ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            output.logits = output.logits / 2
+            return output
+
+    reply(model)
+    add_hook_to_module(model, Halved(), append=True)
+    replied = reply(model)
+    # Before transformers 4.50 the part below the hook generates as well: that has graphs.
+    has_graphs_below = hasattr(transformers.LlamaModel, "generate")
+    assert ("hook is on the model" in sharding.reason_for_eager) != has_graphs_below
+    assert replied == by_accelerate(sharding, lambda: reply(model))
+
+
+def test_a_model_that_generates_nothing_says_so(places: list[str]) -> None:
+    if hasattr(transformers.LlamaForSequenceClassification, "generate"):
+        pytest.skip("before transformers 4.50 every model has a generate()")
+    config = models.build("llama", num_hidden_layers=4).config
+    model = support.spread(transformers.LlamaForSequenceClassification(config).eval(), places)
+    sharding = in_graph_mode(model)
+    with torch.no_grad():
+        model(support.prompts(1)["input_ids"].to(places[0]))
+    assert "no generate()" in sharding.reason_for_eager
+
+
+# --- graphs are back once nothing stands in their way -----------------------------------------------------------------
+
+
+class Noise(nn.Module):
+    """A part of the model that draws random numbers."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x) + 0 * torch.rand_like(x)
+
+
+class Looks(Noise):
+    """One that reads a value back from the GPU."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        assert float(y.float().abs().max()) < 1e6
+        return y
+
+
+class OnHost(Noise):
+    """One whose weights its owner has left on the CPU."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.low_rank = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x) + 0 * self.low_rank(x.cpu()).to(x.device)
+
+
+@contextlib.contextmanager
+def instead_of_a_block(model: Any, kind: type[Noise]) -> Iterator[None]:
+    layer = model.model.layers[1]
+    inner = layer.mlp
+    layer.mlp = kind(inner)
+    yield
+    layer.mlp = inner
+
+
+@pytest.mark.parametrize("kind", [Noise, Looks, OnHost], ids=lambda kind: kind.__name__)
+def test_what_kept_a_step_from_being_captured_can_be_taken_out_again(
+    model: Any, sharding: Sharding, replays: list[object], kind: type[Noise]
+) -> None:
+    right = by_accelerate(sharding, lambda: reply(model))
+    with instead_of_a_block(model, kind):
+        for _ in range(2):
+            assert reply(model) == right
+            assert sharding.reason_for_eager != ""
+    assert not replays
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+    assert replays
+
+
+def test_memory_that_was_short_for_one_reply_is_there_for_the_next(
+    devices: support.Devices, model: Any, sharding: Sharding, replays: list[object]
+) -> None:
+    if devices.kind != "sim":
+        pytest.skip("capacities can be set on simulated devices")
+    right = by_accelerate(sharding, lambda: reply(model))
+    simulated.set_capacity(1, simulated.allocated(1) + 150_000)
+    try:
+        assert reply(model) == right
+        assert "no room" in sharding.reason_for_eager
+    finally:
+        simulated.set_capacity(1, None)
+    assert not replays
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+    assert replays
+
+
+# --- changes in the midst of a reply ----------------------------------------------------------------------------------
+
+
+class Steered(nn.Module):
+    """A layer that adds a vector once somebody has switched it on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.strength, self.table = inner, 0.0, {"on": False}
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        return y * (1.5 if self.table["on"] else 1 + self.strength)
+
+
+def strengthen(model: Any) -> None:
+    model.model.layers[2].mlp.strength = 0.5
+
+
+def set_in_table(model: Any) -> None:
+    model.model.layers[2].mlp.table["on"] = True
+
+
+def add_hook(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def exchange_weights(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.register_parameter("marker", None)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().flip(0), requires_grad=False)
+
+
+def move_weights(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flip(0)
+
+
+def change_weights(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.inner.down_proj.weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [strengthen, set_in_table, add_hook, exchange_weights, move_weights, change_weights],
+    ids=lambda it: it.__name__,
+)
+def test_what_is_changed_in_the_midst_of_a_reply_shows_in_the_next_token(
+    places: list[str], replays: list[object], change: Callable[[Any], None]
+) -> None:
+    def replied(mode: str) -> list[list[int]]:
+        model = build(places)
+        for layer in model.model.layers:
+            layer.mlp = Steered(layer.mlp)
+        sharding = shard(model)
+        sharding.mode = "graph"
+        if mode == "accelerate":
+            sharding.disable()
+        out = reply(model, stopping_criteria=at_token(9, lambda: change(model)))
+        assert sharding.failure == ""
+        sharding.detach()
+        return out
+
+    expected = replied("accelerate")
+    assert not replays
+    assert replied("graph") == expected
+    assert replays
+    untouched = build(places)
+    assert reply(untouched) != expected
+
+
+@pytest.mark.parametrize("change", ["scaled", "off"])
+def test_a_lora_that_is_changed_in_the_midst_of_a_reply_shows_in_the_next_token(
+    places: list[str], replays: list[object], tmp_path: Any, change: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    folder = support.save_lora("llama", tmp_path)
+
+    def replied(mode: str) -> list[list[int]]:
+        model = peft.PeftModel.from_pretrained(support.spread(models.build("llama"), places), str(folder))
+        sharding = in_graph_mode(model)
+        if mode == "accelerate":
+            sharding.disable()
+
+        def do() -> None:
+            if change == "off":
+                model.base_model.disable_adapter_layers()
+            for module in model.modules() if change == "scaled" else ():
+                if isinstance(module, peft.tuners.lora.LoraLayer):
+                    module.scaling["default"] *= 3
+
+        out = reply(model, stopping_criteria=at_token(9, do))
+        sharding.detach()
+        return out
+
+    expected = replied("accelerate")
+    assert replied("graph") == expected
+    assert replays
+    assert expected != reply(support.spread(models.build("llama"), places))
