@@ -301,6 +301,8 @@ def test_a_reply_without_a_cache_says_so(model: Any, sharding: Sharding) -> None
 def test_a_model_without_keys_and_values_says_so(places: list[str], name: str, options: dict[str, Any]) -> None:
     if len(places) < 2:
         pytest.skip("needs two devices")
+    if name.startswith("Mamba") and Version("5") > VERSION:
+        pytest.skip("accelerate cannot run it in this version: all states are on the first device")
     of = getattr(transformers, name)
     small = of(of.config_class(vocab_size=models.VOCAB_SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options))
     model = support.spread(small.eval(), places)
