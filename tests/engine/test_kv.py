@@ -633,12 +633,28 @@ def test_layers_of_other_kinds_stay_transformers_own(here: str) -> None:
 # What is replaced by it -------------------------------------------------------------------------------------------
 
 
-def test_it_replaces_an_empty_dynamic_cache_and_nothing_else(here: str) -> None:
-    used = DynamicCache()
-    write(used, 1, here)
+def test_it_replaces_a_dynamic_cache_and_nothing_else() -> None:
     assert KVCache.can_replace(DynamicCache())
-    for other in (None, used, (), ((1, 2),), KVCache(), type("Offloaded", (DynamicCache,), {})()):
+    for other in (None, (), ((1, 2),), KVCache(), type("Offloaded", (DynamicCache,), {})()):
         assert not KVCache.can_replace(other)
+
+
+@pytest.mark.parametrize("config", [None, "sliding"])
+def test_one_in_place_of_a_cache_that_holds_tokens_goes_on_with_them(here: str, config: str | None) -> None:
+    if config and not HAS_WINDOWS:
+        pytest.skip("this transformers keeps no window in its cache")
+    plain, other = (DynamicCache(config=sliding()) if config else DynamicCache() for _ in range(2))
+    for cache in (plain, other):
+        write(cache, LENGTH, here, here)
+    assert KVCache.can_replace(other) == hasattr(other, "layers")
+    if not KVCache.can_replace(other):
+        return
+    ours = KVCache.in_place_of(other, Room())
+    assert same(ours, plain)
+    for seed in (7, 8):
+        for cache in (ours, plain):
+            write(cache, 1, here, here, seed=seed)
+        assert same(ours, plain)
 
 
 @layered

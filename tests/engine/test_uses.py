@@ -220,6 +220,46 @@ def test_conversations_that_take_turns_each_have_graphs(model: Any, sharding: Sh
         assert sharding.reason_for_eager == ""
 
 
+def test_the_cache_that_a_models_forward_makes_is_served_by_graphs(
+    model: Any, sharding: Sharding, replays: list[object]
+) -> None:
+    if not hasattr(transformers.DynamicCache(), "layers"):
+        pytest.skip("forwards of this transformers return a tuple if they were given no cache")
+    ids = support.prompts(1)["input_ids"]
+    plain = models.build("llama", num_hidden_layers=4)
+    right = loop(plain, None, ids)
+    for _ in range(2):
+        assert loop(model, None, ids) == right
+        assert sharding.reason_for_eager == ""
+    assert replays
+
+
+def test_a_reply_that_begins_its_cache_anew_goes_on_by_graphs(places: list[str], replays: list[object]) -> None:
+    if Version("5") > VERSION:
+        pytest.skip("an older Phi 3 is configured otherwise")
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, **factors}
+    config = transformers.Phi3Config(
+        vocab_size=models.VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        original_max_position_embeddings=20,
+        rope_parameters=rope,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = support.spread(transformers.Phi3ForCausalLM(config).eval(), places)
+    sharding = in_graph_mode(model)
+    right = by_accelerate(sharding, lambda: reply(model, tokens=30))
+    replays.clear()
+    assert reply(model, tokens=30) == right
+    assert sharding.reason_for_eager == ""
+    assert len(replays) > 20
+
+
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,25 @@ class Runtime:
         """Whether the model runs by our forwards."""
         return self.patches is not None
 
+    def own_cache(self, cache: Any, name: str) -> Any:
+        """A KVCache in place of the DynamicCache that generate() or a forward has just made; another kind as it is.
+
+        Args:
+            cache: what was made.
+            name: of the container that it was made for.
+        """
+        own = compat.own_cache_class()
+        if not own.can_replace(cache):
+            return cache
+        from .kv.buffer import Room
+
+        reply, runner = self.thread.reply, self.runners.get(name)
+        room = Room(None if reply is None else reply.longest)
+        ours = own.in_place_of(cache, room)
+        if runner is not None:
+            ours.graphs = runner.offer_spare(room)
+        return ours
+
     # --- blocks -------------------------------------------------------------------------------------------------------
 
     def run_block(self, block: Block, inner: Forward, hooked: Forward, /, *args: Any, **kwargs: Any) -> Any:
@@ -175,8 +194,10 @@ class Runtime:
                                 missed.note_missed()
                         if output is None:
                             output = self._run_eager(container, inner, args, kwargs, self.counter)
-                        if compat.is_own_cache(cache) and cache.room.has_grown:
-                            with our_part():
+                        with our_part():
+                            if cache is None:
+                                self._take_cache(output, container.name)
+                            elif compat.is_own_cache(cache) and cache.room.has_grown:
                                 _leave_free(cache, output)
                         return output
             except torch.cuda.OutOfMemoryError:
@@ -234,6 +255,12 @@ class Runtime:
         except Exception as error:
             mark_as_ours(error)
             raise
+
+    def _take_cache(self, output: Any, name: str) -> None:
+        """Have ours in place of a cache that the model's forward has made, which nobody else has seen."""
+        made = output.get(CACHE_NAME) if isinstance(output, dict) and not torch.is_grad_enabled() else None
+        if made is not None:
+            output[CACHE_NAME] = self.own_cache(made, name)
 
     def _has_given_room_back(self, cache: Any, length: int | None) -> bool:
         """Memory has run out in a step: whether there is more now, and the step can be run again.

@@ -16,7 +16,6 @@ from .patches import Patch, PatchSet, wrap_like
 from .placement import CACHE_NAME, Placement
 
 if TYPE_CHECKING:
-    from .graphs.runner import GraphRunner
     from .metering.recorder import Recording
 
 # Where `generate` of transformers takes them if they are given by position, in every version.
@@ -25,7 +24,7 @@ _CRITERIA_POSITION = 3
 
 
 class Reply:
-    """One call of `generate()`: it decides which cache the reply has.
+    """One call of `generate()`: what its cache shall be, and who measures it.
 
     Args:
         recording: the meter's, of this reply.
@@ -35,54 +34,17 @@ class Reply:
     Attributes:
         recording: as above.
         awaits_cache: generate() has not made its cache yet.
+        longest: for how many tokens its cache needs room ahead; None if nobody knows.
     """
 
     def __init__(self, recording: Recording, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.recording = recording
         # A cache that the caller has made stays the caller's.
         self.awaits_cache = kwargs.get(CACHE_NAME) is None and compat.has_cache_objects()
-        self._longest = _longest(model, args, kwargs)
+        self.longest = _longest(model, args, kwargs)
         kept: Any = kwargs.get(CACHE_NAME)
         if compat.is_own_cache(kept):
-            kept.begin_reply(self._longest)
-
-    def own_cache(self, cache: Any, runner: GraphRunner | None) -> Any:
-        """The cache of the reply: a KVCache in place of generate()'s empty DynamicCache; another kind as it is.
-
-        Args:
-            cache: what generate() has made.
-            runner: what will run the reply's steps as graphs, if anything.
-        """
-        self.awaits_cache = False
-        return new_cache(cache, runner, self._longest) if compat.own_cache_class().can_replace(cache) else cache
-
-
-def new_cache(like: Any, runner: GraphRunner | None, longest: int | None = None) -> Any:
-    """An empty KVCache.
-
-    Args:
-        like: an empty DynamicCache, for the kinds of its layers.
-        runner: what will run steps on it as graphs, if anything.
-        longest: how many tokens the reply may reach, prompt included; None if nobody knows.
-    """
-    from .kv.buffer import Room
-
-    room = Room(longest)
-    cache = compat.own_cache_class().in_place_of(like, room)
-    if runner is not None:
-        cache.graphs = runner.offer_spare(room)
-    return cache
-
-
-def new_cache_for(model: nn.Module, runner: GraphRunner | None) -> Any:
-    """An empty KVCache with the kinds of layers that generate() would make for the model.
-
-    Raises:
-        RuntimeError: this transformers keeps caches in tuples.
-    """
-    if not compat.has_cache_objects():
-        raise RuntimeError("This version of transformers keeps caches in tuples: a KVCache needs a newer one.")
-    return new_cache(compat.empty_dynamic_cache(model), runner)
+            kept.begin_reply(self.longest)
 
 
 def _longest(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -157,7 +119,8 @@ def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, 
         try:
             model_kwargs = next(value for value in (*args, *kwargs.values()) if type(value) is dict)
             if runtime.is_on() and model_kwargs.get(CACHE_NAME) is not None:
-                model_kwargs[CACHE_NAME] = reply.own_cache(model_kwargs[CACHE_NAME], runtime.runners.get(name))
+                reply.awaits_cache = False
+                model_kwargs[CACHE_NAME] = runtime.own_cache(model_kwargs[CACHE_NAME], name)
         except Exception as error:  # the reply goes on with generate()'s own
             runtime.note_failure(error)
     return prepared

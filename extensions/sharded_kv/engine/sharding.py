@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from . import text
+from . import compat, text
 from .eager import EagerPatches, Runtime
 from .gate import Gate
 from .graphs import eligible
 from .metering.meter import Meter
 from .placement import Placement, read_placement
-from .reply import ReplyPatches, new_cache_for, writes_replies
+from .reply import ReplyPatches, writes_replies
 from .transfers import TrafficCounter
 
 logger = logging.getLogger(__name__)
@@ -170,11 +170,12 @@ class Sharding:
         Raises:
             RuntimeError: this transformers keeps caches in tuples, or the model was unloaded.
         """
-
         model = None if self._model is None else self._model()
         if model is None:
             raise RuntimeError(f"There is no model to make a cache for. {self.reason}")
-        return new_cache_for(model, next(iter(self._runtime.runners.values()), None))
+        if not compat.has_cache_objects():
+            raise RuntimeError("This version of transformers keeps caches in tuples: a KVCache needs a newer one.")
+        return self._runtime.own_cache(compat.empty_dynamic_cache(model), next(iter(self._runtime.runners), ""))
 
     def attach(self) -> None:
         """Read the placement, and see the model's replies from now on. What the model runs by stays as it is."""

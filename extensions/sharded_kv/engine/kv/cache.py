@@ -49,7 +49,7 @@ class KVCache(_Base):  # type: ignore[misc]
 
     @classmethod
     def in_place_of(cls, cache: Any, room: Room) -> KVCache:
-        """An empty cache with the kinds of layers that another empty one has.
+        """A cache with the kinds of layers that another has, and with what it holds.
 
         Args:
             cache: see `can_replace`.
@@ -65,8 +65,10 @@ class KVCache(_Base):  # type: ignore[misc]
 
     @staticmethod
     def can_replace(cache: Any) -> bool:
-        """Whether `cache` is a DynamicCache as generate() makes it, still empty, and with layers that ours replace."""
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or cache.get_seq_length():
+        """Whether `cache` is a DynamicCache as generate() makes it, with layers that ours replace, or none yet."""
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            return False
+        if not IS_LAYERED and cache.get_seq_length():
             return False
         kinds = {type(layer) for layer in getattr(cache, "layers", ())}
         return not kinds or bool(kinds & {FullLayer.plain, SlidingLayer.plain})
