@@ -91,7 +91,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.ours, self.theirs = self.models
         self.sharding: Sharding | None = None
         self.handles: list[tuple[Any, Any]] = []
-        self.replies_differ_from_graphs = False
+        self.is_wrapped = False
+        self.is_hooked = False  # by accelerate's kind of hooks
 
     def both(self, do: Callable[[Any], Any]) -> list[Any]:
         return [do(model) for model in self.models]
@@ -125,6 +126,8 @@ class AnyOrder(RuleBasedStateMachine):
     def reply(self) -> None:
         replied, expected = self.both(reply)
         assert replied == expected
+        if self.sharding.mode == "graph" and self.sharding.enabled and not self.handles and not self.is_hooked:
+            assert self.sharding.reason_for_eager == "" or self.is_wrapped
 
     @rule(name=st.sampled_from(MODULES), before=st.booleans())
     def hook(self, name: str, before: bool) -> None:
@@ -144,10 +147,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["", *MODULES]))
     def append_a_hook_of_accelerates(self, name: str) -> None:
+        self.is_hooked = True
         self.both(lambda model: add_hook_to_module(model.get_submodule(name), Scaled(), append=True))
 
     @rule(name=st.sampled_from(["", "model", "model.layers.0", "model.layers.3"]))
     def wrap(self, name: str) -> None:
+        self.is_wrapped = True
+
         def wrapped(forward: Any, *args: Any, **kwargs: Any) -> Any:
             return scaled(forward(*args, **kwargs))
 
@@ -168,6 +174,7 @@ class AnyOrder(RuleBasedStateMachine):
             support.spread(model, ["sim:0", "sim:1"], device_map=device_map)
 
         self.both(dispatch)
+        self.is_hooked = False
 
     @rule(index=st.integers(0, 1), spare=st.sampled_from([0, 5_000, 50_000]))
     def run_out_of_memory(self, index: int, spare: int) -> None:
@@ -191,6 +198,17 @@ class AnyOrder(RuleBasedStateMachine):
         assert found == expected
         replied, expected = self.both(reply)
         assert replied == expected
+        if HAS_GRAPHS and not self.is_wrapped:
+            self.graphs_are_back()
+
+    def graphs_are_back(self) -> None:
+        """With nothing in their way any more."""
+        while self.handles:
+            self.unhook()
+        self.dispatch_anew(2)
+        self.shard("graph")
+        self.reply()
+        self.sharding.detach()
 
 
 def test_a_model_ends_as_one_that_never_met_us(devices: support.Devices) -> None:

@@ -40,11 +40,19 @@ def has_cache_objects() -> bool:
     return find_spec("transformers") is not None and find_spec("transformers.cache_utils") is not None
 
 
+class _NoCache:
+    """What KVCache is where caches are tuples: nothing is one, or is replaced by one."""
+
+    @staticmethod
+    def can_replace(cache: Any) -> bool:
+        return False
+
+
 @functools.lru_cache(maxsize=1)
 def own_cache_class() -> Any:
     """KVCache; where caches are tuples, a class of which nothing is."""
     if not has_cache_objects():
-        return type("NoCache", (), {})
+        return _NoCache
     from .kv.cache import KVCache
 
     return KVCache

@@ -106,7 +106,7 @@ class UnhookPatch(Patch):
 
     def __init__(self, owner: nn.Module) -> None:
         below: Any = owner._old_forward
-        super().__init__(owner, "_old_forward", wrap(below))
+        super().__init__(owner, "_old_forward", wrap_like(below, like=below))
         self._hooked: Any = None
 
     @staticmethod
