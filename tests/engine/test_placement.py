@@ -249,3 +249,14 @@ def test_a_block_with_somebody_elses_hook_still_sends_its_output_back(devices: s
     theirs = support.GREEDY.run(model, places[0])
     shard(model)
     assert support.same(support.GREEDY.run(model, places[0]).scores, theirs.scores)
+
+
+def test_a_model_on_the_cpu_is_nothing_for_any_mode() -> None:
+    model = models.build("llama")
+    sharding = shard(model)
+    for mode in ("eager", "graph"):
+        sharding.mode = mode
+        assert not sharding.active
+        assert not sharding.enabled
+        assert sharding.reason == "It is on one device (cpu): there is nothing to shard."
+        assert not sharding.placement.is_one_block

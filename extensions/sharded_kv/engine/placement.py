@@ -317,7 +317,8 @@ class _Reader:
         device = facts.device
         if device is None or facts.meta or facts.offload or facts.stale or not facts.weights:
             return None
-        return device if hasattr(getattr(torch, device.type), "set_device") and self._repliers() else None
+        is_gpu = device.type != "cpu" and hasattr(getattr(torch, device.type), "set_device")
+        return device if is_gpu and self._repliers() else None
 
     def _repliers(self) -> tuple[Container, ...]:
         """The modules that have a `generate` of their own, as containers that move nothing."""
