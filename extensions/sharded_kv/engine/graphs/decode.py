@@ -40,12 +40,14 @@ class DecodeGraph:
 
     Args:
         step: the first of its kind.
-        width: how many tokens the mask is for.
+        widths: for how many tokens the mask of each kind of layers is.
         dtype: of the cache.
         of_devices: where the model is.
     """
 
-    def __init__(self, step: DecodeStep, width: int, dtype: torch.dtype, of_devices: tuple[torch.device, ...]) -> None:
+    def __init__(
+        self, step: DecodeStep, widths: Mapping[str, int], dtype: torch.dtype, of_devices: tuple[torch.device, ...]
+    ) -> None:
         self._state = State.COLD
         self._devices = of_devices
         self._ops: list[Any] = []
@@ -56,21 +58,32 @@ class DecodeGraph:
         ids = step.tensors["input_ids"]
         with torch.inference_mode(False):
             self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
-            self._mask = torch.zeros(ids.shape[0], width, dtype=torch.int64, device=ids.device)
+            self._masks = {
+                kind: torch.zeros(ids.shape[0], width, dtype=torch.int64, device=ids.device)
+                for kind, width in widths.items()
+            }
             # What a masked token's score is changed by; the other tokens' by 0.
             self._masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
             self._counted = torch.zeros((), dtype=dtype, device=ids.device)
 
-    def run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
-        """The step's output."""
+    def run(self, step: DecodeStep, places: Mapping[str, tuple[int, int]], run: Run, counter: TrafficCounter) -> Any:
+        """The step's output.
+
+        Args:
+            step: what the model was called with.
+            places: of each kind of layers where in the buffers the tokens begin that they attend to, and how many
+                they are, the new one included.
+            run: see `Run`.
+            counter: counts what crosses.
+        """
         for name, tensor in step.tensors.items():
             self._tensors[name].copy_(tensor)
-        length = step.length + 1
-        if step.mask is None:
-            self._mask[:, :length] = 1
-        else:
-            self._mask[:, :length].copy_(step.mask)
-        self._mask[:, length:] = 0
+        for kind, (begin, count) in places.items():
+            mask = self._masks[kind].zero_()
+            if step.mask is None:
+                mask[:, begin : begin + count] = 1
+            else:
+                mask[:, begin : begin + count].copy_(step.mask[:, -count:])
         if self._fingerprint is not None and not self._fingerprint.holds():
             self.distrust()
         if self._state is State.VERIFIED:
@@ -97,7 +110,12 @@ class DecodeGraph:
 
     def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
         with _plain_mode():
-            mask = torch.where(self._mask[:, None, None, :] != 0, self._counted, self._masked)
+            masks = {
+                kind: torch.where(mask[:, None, None, :] != 0, self._counted, self._masked)
+                for kind, mask in self._masks.items()
+            }
+            # Models whose layers are of several kinds take a mask for each, by transformers' names of the kinds.
+            mask = masks if len(masks) > 1 else next(iter(masks.values()))
             return run({**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}, counter)
 
     def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:

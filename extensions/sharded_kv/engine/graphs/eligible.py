@@ -67,9 +67,12 @@ class Rules:
             return self._against_placement
         if getattr(model, "is_loaded_in_8bit", False):
             return "Its 8-bit weights (bitsandbytes) have the host wait in every layer, which no graph can."
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        config = getattr(model, "config", None)
+        attention = getattr(config, "_attn_implementation", None)
         if attention not in _ATTENTION:
             return f"Its attention is {attention}: graph mode needs sdpa or eager attention."
+        if "chunked_attention" in (getattr(_of_text(config), "layer_types", None) or ()):
+            return "Its layers attend to chunks of the text, which graph mode does not know."
         return ""
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecodeStep:
@@ -168,6 +171,7 @@ def past_window(window: int) -> str:
 
 
 NO_ROOM = "There is no room for a static cache and its graphs beside what is in memory."
+UNEVEN = "The layers of its cache hold different numbers of tokens."
 NOTHING_GENERATES = "The model has no generate() of transformers' kind, so it has no decode steps."
 GENERATES_HOOKED = "Somebody's hook is on the model beside accelerate's: it runs as accelerate has it."
 
@@ -197,12 +201,17 @@ def _against_placement(placement: Placement) -> str:
 
 
 def window(cache: Any, model: nn.Module) -> int | None:
-    """The smallest window or chunk of the cache's layers, or that the model's config speaks of; None without one.
+    """How many tokens a reply may have where layers that keep all tokens do not attend to all; None for any number.
 
-    A cache without windows does not tell: then the model's own mask leaves out what lies behind, and ours does not.
+    Which of them they attend to, the model's own mask says then, and ours does not. Layers that keep a window only are
+    masked by what they keep.
     """
-    config: Any = getattr(model, "config", None)
-    of_text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    sizes = [getattr(of_text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    sizes += [getattr(layer, "sliding_window", None) for layer in cache.own_layers]
+    config = _of_text(getattr(model, "config", None))
+    names = ["window_size"] if "sliding_attention" in cache.kinds() else ["window_size", "sliding_window"]
+    sizes = [getattr(config, name, None) for name in names]
     return min((size for size in sizes if type(size) is int and size > 0), default=None)
+
+
+def _of_text(config: Any) -> Any:
+    """What a config says of the part that reads and writes text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

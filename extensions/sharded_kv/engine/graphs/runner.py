@@ -158,13 +158,7 @@ class GraphRunner:
             NotEligible: the step or the cache cannot be used in graphs, or there is no memory for room.
         """
         graphs: CacheGraphs | None = step.cache.graphs
-        tensors = step.cache.tensors()
-        if (
-            graphs is None
-            or graphs.runner() is not self
-            or len(tensors) != len(graphs.tensors)
-            or not all(map(is_, tensors, graphs.tensors))
-        ):
+        if graphs is None or graphs.runner() is not self or not graphs.are_on(step.cache):
             graphs = self._new_graphs(step.cache)
         if graphs.refusal is None:
             if self._refusals and self._refused != Fingerprint(step.model):
@@ -175,13 +169,16 @@ class GraphRunner:
             raise NotEligible(reason)
         if graphs.window is not None and step.length + 1 > graphs.window:
             raise NotEligible(eligible.past_window(graphs.window))
-        if step.length + 1 <= graphs.width:
+        if not graphs.are_level(step.cache):
+            if not step.cache.level():
+                raise NotEligible(eligible.UNEVEN)
+        elif graphs.have_room(step.cache):
             return graphs
-        if step.cache.room.is_tight:
+        elif step.cache.room.is_tight:
             raise NotEligible(eligible.NO_ROOM)
-        graphs.let_go()  # or old buffers would be there beside the new ones
-        del tensors
-        step.cache.make_room()
+        else:
+            graphs.let_go()  # or old buffers would be there beside the new ones
+            step.cache.make_room()
         return self._graphs_for(step)
 
     def _new_graphs(self, cache: Any) -> CacheGraphs:
@@ -192,13 +189,31 @@ class GraphRunner:
         return graphs
 
 
+class _Kind:
+    """The layers of a cache that keep the same tokens: all of them, or those of a window.
+
+    Attributes:
+        width: for how many tokens they all have room.
+        positions: of each device, [1], where its layers write the next token that is captured.
+        place: where in the buffers the tokens begin that are there, and how many they are.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.width: int = min(buffer.capacity for layer in layers for buffer in layer.buffers)
+        self.place = (0, 0)
+        with torch.inference_mode(False):
+            self.positions = {
+                device: torch.zeros(1, dtype=torch.int64, device=device)
+                for device in {layer.device for layer in layers}
+            }
+
+
 class CacheGraphs:
     """The graphs on the buffers of one cache.
 
     Attributes:
         runner: who has made them, held weakly.
         tensors: the buffers.
-        width: for how many tokens they all have room.
         refusal: what speaks against graphs for this cache; "" if nothing does, None if nobody has asked yet.
         window: how many tokens the reply may have; None for any number.
     """
@@ -206,17 +221,32 @@ class CacheGraphs:
     def __init__(self, runner: GraphRunner, cache: Any, of_devices: tuple[torch.device, ...]) -> None:
         self.runner = weakref.ref(runner)
         self.tensors = cache.tensors()
-        self.width = min((buffer.capacity for buffer in cache.buffers()), default=0)
         self.refusal: str | None = None
         self.window: int | None = None
         self._devices = of_devices
         self._steps: dict[Any, DecodeGraph] = {}
-        with torch.inference_mode(False):
-            self._positions = {
-                device: torch.zeros(1, dtype=torch.int64, device=device)
-                for device in {tensor.device for tensor in self.tensors}
-            }
+        self._kinds = {name: _Kind(layers) for name, layers in cache.kinds().items()}
         cache.room.let_go = self.let_go  # when the cache makes other buffers
+
+    def are_on(self, cache: Any) -> bool:
+        """Whether these are still the buffers of the cache."""
+        tensors = cache.tensors()
+        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
+
+    def are_level(self, cache: Any) -> bool:
+        """Whether the layers of a kind hold their tokens in the same place, as all do whose tokens nobody has set."""
+        places = cache.places()
+        for name, *place in places:
+            self._kinds[name].place = tuple(place)
+        return len(places) == len(self._kinds)
+
+    def have_room(self, cache: Any) -> bool:
+        """Whether one token more fits into the same buffers, in which a window may have to move to the front."""
+        full = [kind for kind in self._kinds.values() if sum(kind.place) >= kind.width]
+        if full and all(kind.place[1] < kind.width for kind in full):
+            cache.make_room()
+            return self.are_on(cache) and self.are_level(cache)
+        return not full
 
     def outlive(self, cache: Any) -> None:
         """The cache is gone: its buffers serve the next reply, unless somebody may hold a part of them."""
@@ -224,7 +254,7 @@ class CacheGraphs:
         # Somebody may hold tensors, or layers of it: more than the cache, the list and this question refer to.
         is_held = sys.getrefcount(cache.layers) > 2 or any(sys.getrefcount(layer) > 3 for layer in cache.layers)
         is_held = is_held or any(buffer.was_shown for buffer in cache.buffers())
-        if runner is None or is_held or not self._steps or not all(map(is_, cache.tensors(), self.tensors)):
+        if runner is None or is_held or not self._steps or not self.are_on(cache):
             return
         self.distrust()
         runner.inherit(self)
@@ -241,23 +271,26 @@ class CacheGraphs:
         if graph is None:
             while len(self._steps) >= _MOST_KINDS:  # the oldest goes: somebody calls the model with ever new values
                 self._steps.pop(next(iter(self._steps))).free()
-            graph = self._steps[step.graph_key] = DecodeGraph(step, self.width, self.tensors[0].dtype, self._devices)
-        for position in self._positions.values():
-            position.fill_(step.length)
-        output = graph.run(step, lambda *given: self._run_on_buffers(step, run, *given), counter)
+            widths = {name: kind.width for name, kind in self._kinds.items()}
+            graph = self._steps[step.graph_key] = DecodeGraph(step, widths, self.tensors[0].dtype, self._devices)
+        places = {name: (kind.place[0], kind.place[1] + 1) for name, kind in self._kinds.items()}
+        for kind in self._kinds.values():
+            for position in kind.positions.values():
+                position.fill_(sum(kind.place))
+        output = graph.run(step, places, lambda *given: self._run_on_buffers(step, run, *given), counter)
         for layer in step.cache.layers:
             layer.advance()
         return output
 
     def _run_on_buffers(self, step: DecodeStep, run: Run, arguments: Mapping[str, Any], counter: TrafficCounter) -> Any:
         """Run the model's forward; each layer writes where its device's position says, and shows all of its buffers."""
-        layers = step.cache.layers
         try:
-            for layer in layers:
-                layer.position, layer.width = self._positions[layer.device], self.width
+            for layer in step.cache.layers:
+                kind = self._kinds[layer.kind]
+                layer.position, layer.width = kind.positions[layer.device], kind.width
             return run(arguments, counter)
         finally:
-            for layer in layers:
+            for layer in step.cache.layers:
                 layer.position = None
 
     def free(self) -> None:
@@ -270,4 +303,4 @@ class CacheGraphs:
         """Free the graphs, and let go of the buffers: it is not used again."""
         self.free()
         self.tensors.clear()
-        self._positions.clear()
+        self._kinds.clear()

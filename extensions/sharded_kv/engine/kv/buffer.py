@@ -189,17 +189,29 @@ class Buffer:
         return self.filled
 
     def make_room(self, count: int) -> None:
-        """Have `count` more tokens fit, by moving what is filled to the front or into a larger tensor."""
+        """Have `count` more tokens fit, by moving what is filled towards the front or into a larger tensor."""
         if self.start + self.length + count <= self.capacity:
             return
-        filled, needed = self.filled, self.length + count
+        needed = self.length + count
         if needed <= self.capacity and not self.was_shown:
-            self.tensor.narrow(2, 0, self.length).copy_(filled.clone())
-            self.start = 0
-            return
-        larger = self._room.tensor(filled, needed)
-        larger.narrow(2, 0, self.length).copy_(filled)
-        self._hold(larger, self.length)
+            self._move(min(self.start, (self.capacity - needed) // 2))  # some stay before them, to go back to
+        else:
+            larger = self._room.tensor(self.tensor, needed)
+            larger.narrow(2, 0, self.length).copy_(self.filled)
+            self._hold(larger, self.length)
+
+    def move_to_front(self) -> None:
+        """Have nothing before what is filled."""
+        if self.start and self.capacity and not self.was_shown:
+            self._move(0)
+        elif self.start:
+            self._hold(self.filled.clone(), self.length)
+
+    def _move(self, start: int) -> None:
+        """Have what is filled, and as much of what was before it, begin further to the front."""
+        moved = self.tensor.narrow(2, self.start - start, start + self.length)
+        self.tensor.narrow(2, 0, start + self.length).copy_(moved.clone())
+        self.start = start
 
     def set(self, tensor: Tensor) -> None:
         """Hold what `tensor` holds: the same memory where it is a part of ours, ours where it fits in, else its own."""

@@ -139,6 +139,24 @@ class KVCache(_Base):  # type: ignore[misc]
         """Those of its layers that are ours."""
         return [layer for layer in self.layers if isinstance(layer, FullLayer)]
 
+    def kinds(self) -> dict[str, list[FullLayer]]:
+        """Its layers that hold something, by what they keep, under transformers' names for that."""
+        kinds: dict[str, list[FullLayer]] = {}
+        for layer in self.own_layers:
+            if layer.buffers is not None:
+                kinds.setdefault(layer.kind, []).append(layer)
+        return kinds
+
+    def places(self) -> set[tuple[str, int, int]]:
+        """Of each kind of its layers where in their buffers the tokens begin, and how many they are."""
+        return {(layer.kind, each.start, each.length) for layer in self.own_layers for each in layer.buffers or ()}
+
+    def level(self) -> bool:
+        """Have the layers of a kind hold their tokens in the same place. Returns whether they hold as many."""
+        for buffer in self.buffers():
+            buffer.move_to_front()
+        return len(self.places()) == len(self.kinds())
+
     def buffers(self) -> Iterator[Buffer]:
         """The keys, then the values, of each layer of ours that holds any."""
         for index, layer in enumerate(self.layers):

@@ -67,6 +67,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
     """A layer that keeps all tokens.
 
     Attributes:
+        kind: what it keeps, as the config's `layer_types` has it.
         room: how much room its buffers get.
         position: [1], where a step writes its token that is captured in a graph; None outside of one. Such a step is
             shown all of the buffers: what is not filled is for the mask to hide.
@@ -75,6 +76,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
     """
 
     plain: type = DynamicLayer
+    kind = "full_attention"
     is_read_by_host = False
     keys = _in_buffer("_keys")
     values = _in_buffer("_values")
@@ -228,6 +230,7 @@ class SlidingLayer(FullLayer, _Sliding):  # type: ignore[misc]
     """A layer that keeps its window, and some tokens before it that can be had back."""
 
     plain = _Sliding
+    kind = "sliding_attention"
     sliding_window: int
     cumulative_length: int
 
