@@ -166,6 +166,27 @@ def test_what_somebody_has_seen_of_a_window_stays_as_it_was(
         assert torch.equal(shown, as_it_was)
 
 
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_a_layer_whose_tokens_somebody_sets_is_read_as_it_is_then(
+    family: str, model: Any, sharding: Sharding, name: str
+) -> None:
+    def replied(model: Any, cache: Any) -> list[int]:
+        tokens = []
+        ids = support.prompts(1)["input_ids"].to(next(model.parameters()).device)
+        with torch.no_grad():
+            for index in range(4 * WINDOW):
+                ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+                tokens += ids.flatten().tolist()
+                if index % 21 == 13:
+                    for layer in cache.layers[1:3]:
+                        setattr(layer, name, getattr(layer, name) * 0.5)
+        return tokens
+
+    expected = replied(build(family), transformers.DynamicCache(config=model.config))
+    assert replied(model, sharding.new_cache()) == expected
+    assert sharding.reason_for_eager == ""
+
+
 def test_it_can_go_back_a_little_and_on_again(family: str, model: Any, sharding: Sharding, places: list[str]) -> None:
     ids = support.prompts(1, 4 * WINDOW)["input_ids"].to(places[0])
     cache = sharding.new_cache()
