@@ -528,6 +528,33 @@ def test_what_is_changed_in_the_midst_of_a_reply_shows_in_the_next_token(
     assert reply(untouched) != expected
 
 
+class Counts(Noise):
+    """A part of the model that counts how often it is called."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.inner(x)
+
+
+def test_what_changes_elsewhere_or_by_a_step_itself_costs_no_replay(
+    model: Any, sharding: Sharding, replays: list[object]
+) -> None:
+    right = by_accelerate(sharding, lambda: reply(model))
+
+    def hook(*_: Any, **__: Any) -> bool:
+        nn.Linear(2, 2).register_forward_hook(lambda *_: None)
+        return False
+
+    with instead_of_a_block(model, Counts):
+        reply(model)
+        replays.clear()
+        assert reply(model, stopping_criteria=StoppingCriteriaList([hook])) == right
+    assert sharding.reason_for_eager == ""
+    assert len(replays) >= TOKENS - 2
+
+
 @pytest.mark.parametrize("change", ["scaled", "off"])
 def test_a_lora_that_is_changed_in_the_midst_of_a_reply_shows_in_the_next_token(
     places: list[str], replays: list[object], tmp_path: Any, change: str

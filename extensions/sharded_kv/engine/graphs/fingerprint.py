@@ -42,8 +42,9 @@ class Fingerprint:
 
     def holds(self) -> bool:
         """Whether the model is still so, as far as the modules tell whose turn it is. Asked for each token."""
-        if self._hooks != RemovableHandle.next_id:  # it counts up with each hook that any module gets
-            return False
+        if self._hooks != RemovableHandle.next_id:  # it counts up with each hook that any module of any model gets
+            self._hooks = RemovableHandle.next_id
+            return all(module.is_as_before() for module in self._modules)
         return all(module.is_as_before() for turns in self._turns for module in next(turns))
 
 
