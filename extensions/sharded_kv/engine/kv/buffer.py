@@ -69,10 +69,6 @@ class Room:
     _used: int = 0  # of the spare ones
     _places: dict[torch.device, Place] = dataclasses.field(default_factory=dict)
 
-    def unknown(self) -> Room:
-        """For a copy of the cache, of which nobody knows what it is for."""
-        return Room()
-
     def capacity(self, needed: int) -> int:
         """For how many tokens there shall be room where `needed` must fit."""
         if self.is_tight:
@@ -122,10 +118,6 @@ class WindowRoom:
 
     room: Room
     window: int
-
-    def unknown(self) -> WindowRoom:
-        """For a copy of the cache."""
-        return WindowRoom(Room(), self.window)
 
     def place(self, device: torch.device) -> Place:
         """Where all layers of a device write their next token."""
@@ -292,7 +284,7 @@ class Buffer:
 
     def __deepcopy__(self, memo: object) -> Buffer:
         """A copy of what is filled, which makes room for itself when it goes on."""
-        return Buffer.of(self.filled.clone(), self._room.unknown())
+        return Buffer.of(self.filled.clone(), Room())
 
 
 def _same_kind(one: Tensor, other: Tensor) -> bool:

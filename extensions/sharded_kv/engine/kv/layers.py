@@ -222,7 +222,8 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         kept = {**self._others(), "_keys": self._keys, "_values": self._values}
-        copied.__dict__.update(copy.deepcopy(kept, memo), room=self.room.unknown(), position=None, width=0)
+        copied.__dict__.update(copy.deepcopy(kept, memo), position=None, width=0)
+        copied.move_to(Room())
         return copied
 
 
