@@ -285,6 +285,7 @@ def test_hooks_that_a_decode_step_does_not_run_do_no_harm(places: list[str], rep
     model.tower = nn.Linear(4, 4).to(places[0])
     model.tower.register_forward_hook(lambda *_: None)
     model.tower.register_forward_pre_hook(functools.partial(lambda *_: None))
+    model.tower.register_forward_hook(torch.no_grad()(lambda *_: None))  # decorated as the model's own functions are
     sharding = in_graph_mode(model)
     right = by_accelerate(sharding, lambda: reply(model))
     assert reply(model) == right
@@ -320,6 +321,53 @@ def test_a_hook_that_a_step_runs_is_run_once_for_each_token(model: Any, sharding
     handle.remove()
     assert reply(model) == right
     assert sharding.reason_for_eager == ""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
+def test_a_hook_that_comes_in_the_midst_of_a_reply_is_run_for_each_token_from_then_on(
+    model: Any, sharding: Sharding, number: int
+) -> None:
+    def calls() -> int:
+        counted, handles = Callable_(), []
+        part = model.get_submodule("model.layers.1.mlp")
+        reply(model, stopping_criteria=at_token(number, lambda: handles.append(part.register_forward_hook(counted))))
+        handles[0].remove()
+        return counted.calls
+
+    assert calls() == by_accelerate(sharding, calls)
+
+
+def test_a_hook_that_comes_and_goes_between_short_replies_leaves_nothing_behind(
+    model: Any, sharding: Sharding, replays: list[object]
+) -> None:
+    right = by_accelerate(sharding, lambda: reply(model))
+    reply(model, tokens=2)
+    counted = Callable_()
+    handle = model.get_submodule("model.layers.1.mlp").register_forward_hook(counted)
+    reply(model, tokens=2)
+    assert counted.calls == 2
+    handle.remove()
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+    assert replays
+
+
+def test_a_hook_of_every_module_is_run_for_each_token(model: Any, sharding: Sharding) -> None:
+    part = model.get_submodule("model.layers.1.mlp")
+
+    def calls() -> int:
+        counted = Callable_()
+        count = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: counted() if module is part else None
+        )
+        try:
+            reply(model)
+        finally:
+            count.remove()
+        return counted.calls
+
+    assert calls() == TOKENS
+    assert "hook is on every module" in sharding.reason_for_eager
 
 
 # --- a reason for everything that runs without graphs -----------------------------------------------------------------
@@ -433,6 +481,27 @@ def test_what_kept_a_step_from_being_captured_can_be_taken_out_again(
     assert not replays
     assert reply(model) == right
     assert sharding.reason_for_eager == ""
+    assert replays
+
+
+def test_an_error_of_the_models_own_is_raised_and_refuses_no_later_reply(
+    model: Any, sharding: Sharding, replays: list[object]
+) -> None:
+    class Stops(Noise):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.calls += 1
+            if 2 <= self.calls <= 3:  # the first step after the prompt, by graphs and without
+                raise InterruptedError("stop")
+            return self.inner(x)
+
+    right = by_accelerate(sharding, lambda: reply(model))
+    with instead_of_a_block(model, Stops):
+        with pytest.raises(InterruptedError):
+            reply(model)
+        assert reply(model) == right
+        assert sharding.reason_for_eager == ""
     assert replays
 
 

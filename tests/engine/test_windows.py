@@ -12,8 +12,9 @@ from torch import Tensor
 
 from extensions.sharded_kv import Sharding, shard
 from extensions.sharded_kv.engine.graphs import capture, decode
+from extensions.sharded_kv.engine.kv.buffer import Buffer
 from tests import support
-from tools import models
+from tools import models, simulated
 
 VERSION = Version(transformers.__version__)
 pytestmark = pytest.mark.skipif(Version("5") > VERSION, reason="this transformers keeps no window in its cache")
@@ -185,6 +186,68 @@ def test_a_layer_whose_tokens_somebody_sets_is_read_as_it_is_then(
     expected = replied(build(family), transformers.DynamicCache(config=model.config))
     assert replied(model, sharding.new_cache()) == expected
     assert sharding.reason_for_eager == ""
+
+
+def test_a_cache_that_begins_to_record_its_past_is_left_to_transformers(
+    family: str, model: Any, sharding: Sharding
+) -> None:
+    def replied(model: Any, cache: Any) -> list[int]:
+        tokens = []
+        ids = support.prompts(1)["input_ids"].to(next(model.parameters()).device)
+        with torch.no_grad():
+            for index in range(40):
+                ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+                tokens += ids.flatten().tolist()
+                for layer in cache.layers if index == 5 else ():
+                    if hasattr(layer, "activate_past_recording"):
+                        layer.activate_past_recording()
+                if index in (14, 20, 30):
+                    cache.crop(-2)
+        return tokens
+
+    if not hasattr(transformers.cache_utils.DynamicSlidingWindowLayer, "activate_past_recording"):
+        pytest.skip("windows of this transformers record nothing")
+    expected = replied(build(family), transformers.DynamicCache(config=model.config))
+    assert replied(model, sharding.new_cache()) == expected
+    assert "records" in sharding.reason_for_eager
+
+
+# How many bytes are free from the first token on: enough for accelerate, and too little for graphs.
+@pytest.mark.parametrize(
+    ("family", "room"),
+    [("mistral-sliding", 12_000), ("mistral-sliding", 16_000), ("mistral-sliding", 20_000), ("gemma2", 40_000)],
+)
+def test_memory_that_is_short_once_leaves_a_reply_without_graphs(
+    devices: support.Devices, family: str, model: Any, sharding: Sharding, room: int
+) -> None:
+    if devices.kind != "sim":
+        pytest.skip("capacities can be set on simulated devices")
+
+    def shorten(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if ids.shape[1] == 10:
+            simulated.set_capacity(1, simulated.allocated(1) + room)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    try:
+        replied = reply(model, 30, stopping_criteria=transformers.StoppingCriteriaList([shorten]))
+    finally:
+        simulated.set_capacity(1, None)
+    assert replied == reply(build(family), 30)
+    assert "no room" in sharding.reason_for_eager
+
+
+def test_a_window_moves_only_once_in_some_tokens(
+    family: str, model: Any, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+    move = Buffer._move
+    monkeypatch.setattr(Buffer, "_move", lambda self, start: (moved.append(self), move(self, start))[1])
+    for length in (12, 20, 40):  # with buffers of its own, and with those of the reply before
+        moved.clear()
+        cache = reply(model, 5 * WINDOW, length=length, return_dict_in_generate=True).past_key_values
+        buffers = sum(len(layer.buffers) for layer in cache.kinds()["sliding_attention"])
+        assert len(moved) <= buffers * (5 * WINDOW / 8 + 2)
+        reply(model, 2, length=length)
 
 
 def test_it_can_go_back_a_little_and_on_again(family: str, model: Any, sharding: Sharding, places: list[str]) -> None:

@@ -52,7 +52,7 @@ class DecodeGraph:
         self._devices = of_devices
         self._ops: list[Any] = []
         self._hooked: list[str] = []  # modules whose hooks the traced step has run
-        self._fingerprint: Fingerprint | None = None  # of the model, when the graphs were verified
+        self._fingerprint: Fingerprint | None = None  # of the model, when it was traced or the graphs were verified
         self._captured: CapturedStep | None = None
         self._output: Any = None
         ids = step.tensors["input_ids"]
@@ -96,10 +96,12 @@ class DecodeGraph:
         return _copied(self._output, step.cache)
 
     def distrust(self) -> None:
-        """Compare a step before the graphs are replayed."""
+        """Trace a step before the graphs are captured, or replayed."""
         self._fingerprint = None
         if self._state is State.VERIFIED:
             self._state = State.CAPTURED
+        elif self._state is State.TRACED:
+            self._state = State.COLD
 
     def free(self) -> None:
         """Free the graphs."""
@@ -126,7 +128,7 @@ class DecodeGraph:
             self._verify(step, output, counter)
         else:
             self.free()
-            self._state = State.TRACED
+            self._state, self._fingerprint = State.TRACED, Fingerprint(step.model)
         self._ops = trace.ops
         return output
 

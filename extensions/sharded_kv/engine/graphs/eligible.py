@@ -160,8 +160,13 @@ def against_cache(cache: Any) -> str:
                 if is_ours
                 else f"A layer's cache is a {kind}, which graph mode does not know."
             )
-        if getattr(layer, "record_past", False):
-            return "The cache records what it drops from its sliding window."
+    return against_layers(cache)
+
+
+def against_layers(cache: Any) -> str:
+    """The same for what may change from step to step."""
+    if any(vars(layer).get("record_past") for layer in cache.layers):
+        return "The cache records what it drops from its sliding window."
     return ""
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..transfers import is_plain
+from .trace import hooks_of, hooks_of_all
 
 # Modules of these have no settings that anybody turns in the midst of a reply, as those of an adapter are turned.
 _LIBRARIES = frozenset({"torch", "transformers", "transformers_modules", "accelerate", "auto_gptq", "gptqmodel"})
@@ -36,15 +37,16 @@ class Fingerprint:
         own = [module for module in self._modules if module.names]
         self._turns = (_turns(own, _OWN_AT_ONCE), _turns(self._modules, _AT_ONCE))
         self._hooks = RemovableHandle.next_id
+        self._of_all = hooks_of_all()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fingerprint) and self._modules == other._modules
+        return isinstance(other, Fingerprint) and self._modules == other._modules and self._of_all == other._of_all
 
     def holds(self) -> bool:
         """Whether the model is still so, as far as the modules tell whose turn it is. Asked for each token."""
         if self._hooks != RemovableHandle.next_id:  # it counts up with each hook that any module of any model gets
             self._hooks = RemovableHandle.next_id
-            return all(module.is_as_before() for module in self._modules)
+            return self._of_all == hooks_of_all() and all(module.is_as_before() for module in self._modules)
         return all(module.is_as_before() for turns in self._turns for module in next(turns))
 
 
@@ -91,7 +93,6 @@ def _parts(own: dict[str, Any]) -> Any:
     return (
         own.get("training"),
         *map(id, (own.get("forward"), *own["_modules"].values(), *tensors)),
-        *map(id, own["_forward_hooks"].values()),
-        *map(id, own["_forward_pre_hooks"].values()),
+        *map(id, hooks_of(own)),
         *[tensor.data_ptr() for tensor in tensors if tensor is not None],
     )

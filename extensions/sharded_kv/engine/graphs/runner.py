@@ -29,6 +29,7 @@ from . import eligible
 from .decode import DecodeGraph, Run
 from .eligible import DecodeStep, NotEligible
 from .fingerprint import Fingerprint
+from .trace import CannotCapture
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +144,12 @@ class GraphRunner:
         if step is None:
             reason = eligible.failed(error)
         else:
-            reason = self._refusals[step.graph_key] = eligible.not_captured(error)
+            reason = eligible.not_captured(error)
             with contextlib.suppress(Exception):  # what does not let itself be freed may be what has failed
-                self._refused = Fingerprint(step.model)
+                if isinstance(error, (CannotCapture, RuntimeError)):
+                    self._refusals[step.graph_key], self._refused = reason, Fingerprint(step.model)
+                else:  # somebody's own error, which the step will raise in eager mode as well
+                    step.cache.graphs.refusal = reason
                 step.cache.graphs.free()
         logger.debug("A step has failed in graph mode.", exc_info=error)
         self._say(reason, logging.WARNING)
@@ -165,8 +169,10 @@ class GraphRunner:
                 self._refusals = {}
             graphs.refusal = self._rules.against_model(step.model) or eligible.against_cache(step.cache)
             graphs.window = eligible.window(step.cache, step.model)
-        if reason := graphs.refusal or self._refusals.get(step.graph_key):
+        if reason := graphs.refusal or self._refusals.get(step.graph_key) or eligible.against_layers(step.cache):
             raise NotEligible(reason)
+        if step.cache.room.is_tight:
+            raise NotEligible(eligible.NO_ROOM)
         if graphs.window is not None and step.length + 1 > graphs.window:
             raise NotEligible(eligible.past_window(graphs.window))
         if not graphs.are_level(step.cache):
@@ -174,8 +180,6 @@ class GraphRunner:
                 raise NotEligible(eligible.UNEVEN)
         elif graphs.have_room(step.cache):
             return graphs
-        elif step.cache.room.is_tight:
-            raise NotEligible(eligible.NO_ROOM)
         else:
             graphs.let_go()  # or old buffers would be there beside the new ones
             step.cache.make_room()

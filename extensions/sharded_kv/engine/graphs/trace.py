@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..transfers import tensors_in
@@ -123,12 +125,12 @@ def hooks_that_run(model: nn.Module) -> Iterator[list[str]]:
     """
     watched: dict[types.CodeType, str] = {}
     ran: list[str] = []
-    for name, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if name else ():
-            if not getattr(hook, "__module__", type(hook).__module__).startswith(_IDLE_HOOKS):
-                code = _code(hook)
-                ran += [name] if code is None else []
-                watched |= {} if code is None else {code: name}
+    hooks = [(name, hook) for name, module in model.named_modules() if name for hook in hooks_of(vars(module))]
+    for name, hook in hooks + [("every module", hook) for hook in hooks_of_all()]:
+        if not getattr(hook, "__module__", type(hook).__module__).startswith(_IDLE_HOOKS):
+            code = _code(hook)
+            ran += [name] if code is None else []
+            watched |= {} if code is None else {code: name}
     before = sys.getprofile()
     if not watched or before is not None:  # somebody else watches: then all of them count
         yield ran + list(watched.values())
@@ -145,11 +147,22 @@ def hooks_that_run(model: nn.Module) -> Iterator[list[str]]:
         sys.setprofile(None)
 
 
+def hooks_of(own: dict[str, Any]) -> list[Any]:
+    """The hooks that are run before and after a module's forward, from its attributes."""
+    return [*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()]
+
+
+def hooks_of_all() -> list[Any]:
+    """Those of every module of the process."""
+    return [*_modules._global_forward_pre_hooks.values(), *_modules._global_forward_hooks.values()]
+
+
 def _code(hook: Any) -> types.CodeType | None:
     """What a call of the hook runs first; None if that is not written in Python."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     if not isinstance(hook, (types.FunctionType, types.MethodType)):
         hook = type(hook).__call__
+    hook = inspect.unwrap(hook)  # what a decorator makes is the same code for all that it decorates
     code: types.CodeType | None = getattr(hook, "__code__", None)
     return code

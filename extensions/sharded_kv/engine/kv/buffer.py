@@ -123,11 +123,14 @@ class WindowRoom:
         """Where all layers of a device write their next token."""
         return self.room.place(device)
 
+    def capacity(self, needed: int) -> int:
+        """For how many tokens there shall be room where `needed` must fit."""
+        most = self.window - 1 + max(_LEAST_SLACK, self.window // _SLACK_PART)
+        return max(needed, min(self.room.capacity(needed), most))
+
     def tensor(self, like: Tensor, needed: int, *, is_prompt: bool = False) -> Tensor:
         """Zeros for the window and some tokens more, so that it moves to the front only once in so many tokens."""
-        most = self.window - 1 + max(_LEAST_SLACK, self.window // _SLACK_PART)
-        capacity = max(needed, min(self.room.capacity(needed), most))
-        return self.room.tensor(like, needed, capacity, is_prompt=is_prompt)
+        return self.room.tensor(like, needed, self.capacity(needed), is_prompt=is_prompt)
 
 
 class Buffer:
@@ -185,7 +188,8 @@ class Buffer:
         if self.start + self.length + count <= self.capacity:
             return
         needed = self.length + count
-        if needed <= self.capacity and not self.was_shown:
+        # With less room than a new one would have, what is filled would move at almost every token.
+        if self._room.capacity(needed) <= self.capacity and not self.was_shown:
             self._move(min(self.start, (self.capacity - needed) // 2))  # some stay before them, to go back to
         else:
             larger = self._room.tensor(self.tensor, needed)
