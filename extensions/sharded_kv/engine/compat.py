@@ -84,6 +84,14 @@ def empty_dynamic_cache(model: nn.Module) -> Any:
     return DynamicCache(config=config.get_text_config(decoder=True))
 
 
+def layers_that_stay(cache: Any) -> list[Any]:
+    """Of a DynamicCache the layers that a KVCache does not replace by its own; none of another cache."""
+    if type(cache).__name__ != "DynamicCache":
+        return []
+    plain = ("DynamicLayer", "DynamicSlidingWindowLayer")
+    return [layer for layer in getattr(cache, "layers", ()) if type(layer).__name__ not in plain]
+
+
 _is_dynamic: dict[type, bool] = {}  # of each type of cache, whether it is a KVCache or a DynamicCache
 
 

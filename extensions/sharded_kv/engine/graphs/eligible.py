@@ -142,6 +142,9 @@ def _against_call(
         if named.get(name, getattr(config, name, False)):
             return f"{name} was asked for."
     if not compat.is_own_cache(cache):
+        unknown = compat.layers_that_stay(cache)
+        if unknown:
+            return _unknown(unknown[0])
         return (
             f"The cache is a {type(cache).__name__}: the caller's own, of the second pass of guidance, or of a reply "
             "that began without sharding. For loops of one's own, sharding.new_cache() makes one that graphs serve."
@@ -154,12 +157,7 @@ def against_cache(cache: Any) -> str:
     for layer in cache.layers:
         if getattr(layer, "buffers", None) is None:
             is_ours = hasattr(layer, "buffers")
-            kind = type(layer).__name__
-            return (
-                "The cache is empty in some layers."
-                if is_ours
-                else f"A layer's cache is a {kind}, which graph mode does not know."
-            )
+            return "The cache is empty in some layers." if is_ours else _unknown(layer)
     return against_layers(cache)
 
 
@@ -168,6 +166,10 @@ def against_layers(cache: Any) -> str:
     if any(vars(layer).get("record_past") for layer in cache.layers):
         return "The cache records what it drops from its sliding window."
     return ""
+
+
+def _unknown(layer: Any) -> str:
+    return f"A layer's cache is a {type(layer).__name__}, which graph mode does not know."
 
 
 def past_window(window: int) -> str:
