@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..transfers import tensors_in
@@ -154,7 +153,8 @@ def hooks_of(own: dict[str, Any]) -> list[Any]:
 
 def hooks_of_all() -> list[Any]:
     """Those of every module of the process."""
-    return [*_modules._global_forward_pre_hooks.values(), *_modules._global_forward_hooks.values()]
+    of_all = nn.modules.module
+    return [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
 
 
 def _code(hook: Any) -> types.CodeType | None:
