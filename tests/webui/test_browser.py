@@ -228,7 +228,7 @@ def test_keep_generating_writes_one_reply_after_the_other(page: Any) -> None:
 def test_measuring_ends_in_a_table_of_both(page: Any) -> None:
     page.click("#sharded_kv-measure")
     wait_until(page, lambda: is_shown(page, "[role=progressbar]"))
-    wait_until(page, lambda: is_shown(page, "table"), seconds=120)
+    wait_until(page, lambda: is_shown(page, "table"), seconds=200)
     wait_until(page, lambda: page.locator("#sharded_kv [role=progressbar]").count() == 0, seconds=60)
     table = page.inner_text("#sharded_kv table").lower()
     for words in ("configuration", "seconds/token", "peak vram", "accelerate", "sharded_kv"):
