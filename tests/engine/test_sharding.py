@@ -482,6 +482,17 @@ def test_switching_at_any_moment_from_another_thread_changes_no_token(model: Any
     assert len(switches) > 10
 
 
+def test_what_a_reply_calls_between_two_forwards_stays_at_a_switch(model: Any) -> None:
+    sharding = shard(model)
+    before = dict(vars(model))
+    for _ in range(2):
+        sharding.disable()
+        sharding.enable()
+    assert vars(model)["generate"] is before["generate"]
+    for name in ("_reorder_cache", "contrastive_search", "_prepare_cache_for_generation"):
+        assert vars(model).get(name) is before.get(name)
+
+
 @pytest.mark.parametrize("layer", [1, 4])
 def test_enabling_within_a_forward_of_a_simple_dispatched_model_brings_its_logits_home(
     places: list[str], layer: int

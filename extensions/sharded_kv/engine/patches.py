@@ -51,6 +51,7 @@ class Patch:
         self.name = name
         self.ours = ours
         self._before: Any = _MISSING  # what stood among the instance's own attributes; missing if the class's was used
+        self._is_installed = False
         ours.patch = self
 
     @property
@@ -62,19 +63,22 @@ class Patch:
         """Put ours there, and keep what was there."""
         self._before = vars(self.owner).get(self.name, _MISSING)
         setattr(self.owner, self.name, self.ours)
+        self._is_installed = True
 
     def restore(self) -> None:
         """Put back what was there. If somebody has replaced ours meanwhile, theirs stays, and calls what was there."""
-        if self.in_place:
-            if self._before is _MISSING:
-                delattr(self.owner, self.name)
-            else:
-                setattr(self.owner, self.name, self._before)
+        if not self._is_installed:
             return
-        before = self._of_class(self.owner) if self._before is _MISSING else self._before
-        if vars(self.owner).get("_old_forward") is self.ours:  # a hook of accelerate that came later
-            self.owner._old_forward = before
-        self.ours.become(before)
+        if not self.in_place:
+            before = self._of_class(self.owner) if self._before is _MISSING else self._before
+            if vars(self.owner).get("_old_forward") is self.ours:  # a hook of accelerate that came later
+                self.owner._old_forward = before
+            self.ours.become(before)
+        elif self._before is _MISSING:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self._before)
+        self._is_installed = False
 
     def before_for(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
         """A deep copy of what was there, for a deep copy of the owner."""
@@ -172,6 +176,12 @@ class PatchSet:
         except BaseException:  # all or none
             self.restore()
             raise
+
+    @property
+    def are_in_place(self) -> bool:
+        """Whether all are still there."""
+        patches = [reference() for reference in self._patches]
+        return all(patch is not None and patch.in_place for patch in patches)
 
     def restore(self) -> None:
         """Put back all that was there, in the opposite order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +83,18 @@ class ReplyPatches(PatchSet):
         compat.keep_untraced(Reply, _ForwardBegins, sys.modules[__name__])
         modules = [model.get_submodule(container.name) for container in placement.containers]
         repliers = [module for module in modules if writes_replies(type(module))]
-        names = {model.get_submodule(container.name): container.name for container in placement.containers}
+        names = {module: container.name for module, container in zip(modules, placement.containers, strict=True)}
+        self._modules = [weakref.ref(module) for module in modules]
         patches = [patch for module in repliers for patch in _patches(module, names[module], runtime, meter)]
         self._hooks: list[Any] = []
         super().__init__([*patches, *compat.tuple_cache_patches(modules, runtime.counter)])
         begins = _ForwardBegins(runtime.thread)
         self._hooks += [module.register_forward_pre_hook(begins, with_kwargs=True) for module in repliers]
+
+    def suit(self, model: nn.Module, placement: Placement) -> bool:
+        """Whether they are still there, on the modules that would get them now."""
+        modules = [model.get_submodule(container.name) for container in placement.containers]
+        return modules == [module() for module in self._modules] and self.are_in_place
 
     def restore(self) -> None:
         """Leave the model as it was."""

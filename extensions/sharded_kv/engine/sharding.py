@@ -218,14 +218,17 @@ class Sharding:
         _take_over(model, self)
         self._disable()
         self.placement = read_placement(model)
-        if self._reply_patches is not None:
+        # On one device now, with hooks that would send the inputs to where the weights were: then we go on alone.
+        is_ours = bool(self.placement.blocks) and (self.active or self.placement.hooks_are_stale)
+        # Those that suit stay: a reply calls them between two forwards, when a switch may come.
+        if self._reply_patches is not None and not (is_ours and self._reply_patches.suit(model, self.placement)):
             self._reply_patches.restore()
             self._reply_patches = None
-        # On one device now, with hooks that would send the inputs to where the weights were: then we go on alone.
-        if self.placement.blocks and (self.active or self.placement.hooks_are_stale):
+        if is_ours:
             _shardings[model] = self
             self.meter.read(model, self.placement)
-            self._reply_patches = ReplyPatches(model, self.placement, self._runtime, self.meter)
+            if self._reply_patches is None:
+                self._reply_patches = ReplyPatches(model, self.placement, self._runtime, self.meter)
 
     def _enable(self) -> None:
         model = None if self._model is None else self._model()
