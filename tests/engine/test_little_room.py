@@ -66,6 +66,12 @@ KNOWN = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _capacities(devices: support.Devices) -> None:
+    if devices.kind != "sim":
+        pytest.skip("capacities can be set on simulated devices")
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_replies_that_people_had_no_room_for_fit(name: str) -> None:
     check(KNOWN[name])
@@ -79,8 +85,7 @@ def test_replies_that_fit_under_accelerate_fit_in_every_mode(replies: list[Asked
 
 def check(replies: list[Asked]) -> None:
     """Run the replies by accelerate, and in every mode with the memory that they took there."""
-    devices = support.Devices("sim")
-    model = support.spread(models.build("llama", num_hidden_layers=4), devices(2))
+    model = support.spread(models.build("llama", num_hidden_layers=4), ["sim:0", "sim:1"])
     gc.collect()
     simulated.reset_peak()
     right = [each.of(model) for each in replies]

@@ -235,8 +235,8 @@ def test_the_cache_that_a_models_forward_makes_is_served_by_graphs(
 
 
 def test_a_reply_that_begins_its_cache_anew_goes_on_by_graphs(places: list[str], replays: list[object]) -> None:
-    if Version("5") > VERSION:
-        pytest.skip("an older Phi 3 is configured otherwise")
+    if Version("5.18") > VERSION:
+        pytest.skip("an older Phi 3 is configured otherwise, or reads values back from its GPU")
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, **factors}
     config = transformers.Phi3Config(

@@ -205,8 +205,8 @@ def test_a_cache_that_begins_to_record_its_past_is_left_to_transformers(
                     cache.crop(-2)
         return tokens
 
-    if not hasattr(transformers.cache_utils.DynamicSlidingWindowLayer, "activate_past_recording"):
-        pytest.skip("windows of this transformers record nothing")
+    if Version("5.18") > VERSION:
+        pytest.skip("windows of this transformers record nothing, or cannot go back while they do")
     expected = replied(build(family), transformers.DynamicCache(config=model.config))
     assert replied(model, sharding.new_cache()) == expected
     assert "records" in sharding.reason_for_eager
