@@ -141,6 +141,18 @@ _REAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "max_position_embeddings": 2048,
         },
     ),
+    "llama-3-8b": (
+        "llama-gqa",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+        },
+    ),
     "gptj-6b": (
         "gptj",
         {

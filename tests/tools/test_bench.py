@@ -524,6 +524,12 @@ class TestOptions:
         assert exit.value.code == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_attention_is_timed_on_gpus_alone(self, capsys):
+        with pytest.raises(SystemExit):
+            command.main(["--attention"])
+        assert "there is none here" in capsys.readouterr().err
+
     @pytest.mark.skipif(models.available("llama-gqa"), reason="this stack has the model")
     def test_a_model_of_a_later_stack_is_told_so(self, capsys):
         with pytest.raises(SystemExit):

@@ -21,7 +21,8 @@ every_family = pytest.mark.parametrize(
     ],
 )
 every_available_size = pytest.mark.parametrize(
-    ("name", "billions"), [("llama-7b", 6.74), ("llama-13b", 13.02), ("gptj-6b", 6.05), ("llama-70b-shape", 68.98)]
+    ("name", "billions"),
+    [("llama-7b", 6.74), ("llama-13b", 13.02), ("llama-3-8b", 8.03), ("gptj-6b", 6.05), ("llama-70b-shape", 68.98)],
 )
 
 
@@ -201,7 +202,7 @@ class TestSpreading:
 class TestRealSizes:
     @every_available_size
     def test_a_real_config_has_the_published_number_of_parameters(self, name, billions):
-        if name == "llama-70b-shape" and not models.available("llama-gqa"):
+        if name in ("llama-3-8b", "llama-70b-shape") and not models.available("llama-gqa"):
             pytest.skip("this stack has no grouped-query LLaMA")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(models.real_config(name))

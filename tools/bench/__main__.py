@@ -4,6 +4,7 @@
 patch and sharded_kv: seconds/token, first token and peak VRAM, of models of real size with random weights. All variants
 reply by turns in one process, so that what else the machine does falls on all alike, and ratios are taken within each
 round. `--json FILE` keeps every sample; `--table FILE ... --write README.md` makes the README's table of such files.
+`--attention` times the attention of graph mode alone, by each way that the GPU has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import transformers
 
 from .. import models, quantized, simulated
-from . import tables
+from . import attention, tables
 from .records import Result, Setting
 from .running import run
 from .variants import ONE_GPU, VARIANTS, default_variants, graphed, has_graphs
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no such folder.")
+    if options.attention:
+        if not torch.cuda.is_available():
+            parser.error("--attention times kernels of a CUDA GPU, and there is none here.")
+        print(attention.run(torch.device("cuda", 0), options.json))
+        return 0
     setting = _setting(options, parser)
     transformers.logging.set_verbosity_error()
     result = run(setting, options.check)
@@ -140,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_positive, help="replies of each variant (default: 7, simulated 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
     parser.add_argument("--check", action="store_true", help="compare logits with one GPU's; fail if they differ")
+    parser.add_argument("--attention", action="store_true", help="time graph mode's attention alone, each way of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every sample")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="measure nothing: a table of such files")
     parser.add_argument(

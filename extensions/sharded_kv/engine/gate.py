@@ -53,7 +53,8 @@ class Gate:
             return
         with self._condition:
             self._forwards -= 1
-            self._condition.notify_all()
+            if self._switches:
+                self._condition.notify_all()
         here.forwards -= 1
         if self._later:
             self._do_later()

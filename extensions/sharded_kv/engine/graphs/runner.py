@@ -26,6 +26,7 @@ from ..patches import Wrapped
 from ..placement import Placement
 from ..transfers import TrafficCounter
 from . import eligible
+from .attention import over_buffers
 from .decode import DecodeGraph, Run
 from .eligible import DecodeStep, NotEligible
 from .fingerprint import Fingerprint
@@ -292,7 +293,8 @@ class CacheGraphs:
             for layer in step.cache.layers:
                 kind = self._kinds[layer.kind]
                 layer.position, layer.width = kind.positions[layer.device], kind.width
-            return run(arguments, counter)
+            with over_buffers():
+                return run(arguments, counter)
         finally:
             for layer in step.cache.layers:
                 layer.position = None
