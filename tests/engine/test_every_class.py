@@ -92,7 +92,6 @@ WITHOUT_GRAPHS = frozenset(
         Inkling2ForCausalLM
         InklingForCausalLM
         JetMoeForCausalLM
-        Lfm3ForCausalLM
         Llama4ForCausalLM
         LongcatFlashForCausalLM
         MBartForCausalLM
@@ -101,14 +100,9 @@ WITHOUT_GRAPHS = frozenset(
         MiniMaxForCausalLM
         MossTranscribeDiarizeForConditionalGeneration
         MvpForCausalLM
-        NemotronHForCausalLM
-        OlmoHybridForCausalLM
         OpenAIGPTLMHeadModel
         PLBartForCausalLM
         PegasusForCausalLM
-        Qwen3NextForCausalLM
-        Qwen3_5ForCausalLM
-        Qwen3_5MoeForCausalLM
         RecurrentGemmaForCausalLM
         RoFormerForCausalLM
         RwkvForCausalLM
@@ -249,4 +243,4 @@ def test_most_classes_have_graphs() -> None:
     with_graphs = [name for name in CLASSES if name not in WITHOUT_GRAPHS]
     print(f"{len(with_graphs)} of {len(CLASSES)} classes have graphs")
     assert set(CLASSES) >= WITHOUT_GRAPHS
-    assert len(with_graphs) >= 101
+    assert len(with_graphs) >= 107

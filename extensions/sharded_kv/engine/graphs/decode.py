@@ -16,7 +16,7 @@ from ..transfers import TrafficCounter, is_plain, tensors_in
 from .capture import Capture, CapturedStep
 from .eligible import DecodeStep
 from .fingerprint import Fingerprint
-from .trace import CannotCapture, OpTrace, hooks_that_run
+from .trace import CannotCapture, OpTrace, hooks_that_run, module_tensors
 
 # How far a replay's logits may be from the step's own, relative to the largest: in 16 bits one GPU differs from itself
 # by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
@@ -52,6 +52,7 @@ class DecodeGraph:
         self._devices = of_devices
         self._ops: list[Any] = []
         self._hooked: list[str] = []  # modules whose hooks the traced step has run
+        self._changed: list[str] = []  # of each traced step a module in which it changed a tensor
         self._fingerprint: Fingerprint | None = None  # of the model, when it was traced or the graphs were verified
         self._captured: CapturedStep | None = None
         self._output: Any = None
@@ -66,14 +67,22 @@ class DecodeGraph:
             self._masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
             self._counted = torch.zeros((), dtype=dtype, device=ids.device)
 
-    def run(self, step: DecodeStep, places: Mapping[str, tuple[int, int]], run: Run, counter: TrafficCounter) -> Any:
+    def run(
+        self,
+        step: DecodeStep,
+        places: Mapping[str, tuple[int, int]],
+        run: Run,
+        run_plainly: Run,
+        counter: TrafficCounter,
+    ) -> Any:
         """The step's output.
 
         Args:
             step: what the model was called with.
             places: of each kind of layers where in the buffers the tokens begin that they attend to, and how many
                 they are, the new one included.
-            run: see `Run`.
+            run: see `Run`; over the buffers of the cache.
+            run_plainly: the same as in eager mode.
             counter: counts what crosses.
         """
         for name, tensor in step.tensors.items():
@@ -88,12 +97,21 @@ class DecodeGraph:
             self.distrust()
         if self._state is State.VERIFIED:
             self._replay(counter)
-        elif self._state is State.TRACED:
+            return _copied(self._output, step.cache)
+        before = step.cache.mark()
+        try:
+            if self._state is not State.TRACED:
+                is_first = self._state is State.COLD
+                output = self._trace(step, run, counter, before)
+                if is_first and self._state is State.TRACED and step.given is not None and not self._hooked:
+                    self._compare_with_own_positions(step, output, run_plainly, before)
+                return output
             self._capture(step, run)
-            self._verify(step, self._run(step, run, counter), counter)
-        else:
-            return self._trace(step, run, counter)
-        return _copied(self._output, step.cache)
+            self._verify(step, self._run(step, run, counter), counter, before)
+            return _copied(self._output, step.cache)
+        except BaseException:
+            step.cache.go_back_to(before)
+            raise
 
     def distrust(self) -> None:
         """Trace a step before the graphs are captured, or replayed."""
@@ -120,17 +138,31 @@ class DecodeGraph:
             mask = masks if len(masks) > 1 else next(iter(masks.values()))
             return run({**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}, counter)
 
-    def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
-        trace = OpTrace()
+    def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter, before: Any) -> Any:
+        if len(self._changed) > 1:  # one may have made what the next ones only read
+            raise CannotCapture(f"Each step changes what {self._changed[-1]} keeps, beside the cache.")
+        trace, kept = OpTrace(), module_tensors(step.model)
         with _plain_mode(), hooks_that_run(step.model) as self._hooked, trace:
             output = self._run(step, run, counter)
         if self._state is State.CAPTURED and trace.ops == self._ops and not self._hooked:
-            self._verify(step, output, counter)
+            self._verify(step, output, counter, before)
         else:
             self.free()
-            self._state, self._fingerprint = State.TRACED, Fingerprint(step.model)
+            changes = _changes(kept, module_tensors(step.model))
+            self._changed += changes[:1]
+            if not changes:
+                self._state, self._fingerprint = State.TRACED, Fingerprint(step.model)
         self._ops = trace.ops
         return output
+
+    def _compare_with_own_positions(self, step: DecodeStep, output: Any, run_plainly: Run, before: Any) -> None:
+        """Raise an error if the model, left to itself, has the token in another place than we say."""
+        after = step.cache.mark()
+        step.cache.go_back_to(before)
+        own = run_plainly(step.given or {}, TrafficCounter())
+        if _are_apart(output, own):
+            raise CannotCapture("Without position_ids the model has its tokens in places of its own: pass them.")
+        step.cache.go_back_to(after)
 
     def _capture(self, step: DecodeStep, run: Run) -> None:
         if self._hooked:
@@ -151,14 +183,12 @@ class DecodeGraph:
         self._captured.replay()
         counter.add_all(self._captured.crossing)
 
-    def _verify(self, step: DecodeStep, output: Any, counter: TrafficCounter) -> None:
-        """Replay the step that gave `output`, and compare."""
+    def _verify(self, step: DecodeStep, output: Any, counter: TrafficCounter, before: Any) -> None:
+        """Replay the step that gave `output`, from what the cache was before it, and compare."""
+        step.cache.go_back_to(before)
         self._replay(counter)
-        for ours, theirs in zip(tensors_in(self._output), tensors_in(output), strict=True):
-            difference, largest = (x.abs().max() for x in (_finite(ours) - _finite(theirs), _finite(theirs)))
-            is_far = (difference > _TOLERANCE * largest) | (ours.isnan() != theirs.isnan()).any()
-            if bool(is_far):
-                raise CannotCapture("Its graphs compute something else than its forward, though they look the same.")
+        if _are_apart(self._output, output):
+            raise CannotCapture("Its graphs compute something else than its forward, though they look the same.")
         self._state, self._fingerprint = State.VERIFIED, Fingerprint(step.model)
 
 
@@ -167,6 +197,25 @@ def _plain_mode() -> Iterator[None]:
     """No gradients, but not inference mode, where operators that consist of others are not taken apart."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _changes(before: Mapping[tuple[str, str], Any], after: Mapping[tuple[str, str], Any]) -> list[str]:
+    """The names of the modules that keep other tensors than before, or have changed one in place."""
+    nothing = (None, 0)
+    return [
+        place[0] or "the model"
+        for place, (tensor, version) in after.items()
+        if tensor is not before.get(place, nothing)[0] or version != before.get(place, nothing)[1]
+    ]
+
+
+def _are_apart(ours: Any, theirs: Any) -> bool:
+    """Whether two outputs of a step differ by more than rounding."""
+    for one, other in zip(tensors_in(ours), tensors_in(theirs), strict=True):
+        difference, largest = (x.abs().max() for x in (_finite(one) - _finite(other), _finite(other)))
+        if bool((difference > _TOLERANCE * largest) | (one.isnan() != other.isnan()).any()):
+            return True
+    return False
 
 
 def _finite(tensor: Tensor) -> Tensor:

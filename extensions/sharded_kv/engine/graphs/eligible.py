@@ -36,6 +36,7 @@ class DecodeStep:
         tensors: the other arguments that are tensors, on the main device.
         plain: the other arguments.
         graph_key: what two steps have in common that share a graph.
+        given: what the model was called with, if `tensors` has positions that the caller has left to the model.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class DecodeStep:
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
     graph_key: Any
+    given: dict[str, Any] | None
 
 
 class Rules:
@@ -112,13 +114,15 @@ class Rules:
         if self._takes_positions and mask is not None and "position_ids" not in tensors:
             raise NotEligible("The model was called with an attention mask and no position_ids.")
         # What the model would make of Python's numbers, which differ from step to step, it gets as tensors.
+        given = None
         for name, shape in (("position_ids", (ids.shape[0], 1)), ("cache_position", (1,))):
             if name in self._names and name not in tensors:
                 plain.pop(name, None)
+                given = named
                 tensors[name] = torch.full(shape, length, dtype=torch.int64, device=ids.device)
         shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
         graph_key = (*shapes, *[(name, repr(value)) for name, value in sorted(plain.items())])
-        return DecodeStep(model, cache, length, mask, tensors, plain, graph_key)
+        return DecodeStep(model, cache, length, mask, tensors, plain, graph_key, given)
 
 
 def _against_call(
@@ -154,10 +158,10 @@ def _against_call(
 
 def against_cache(cache: Any) -> str:
     """Why tokens cannot be written to a cache in a graph; "" if they can."""
-    for layer in cache.layers:
-        if getattr(layer, "buffers", None) is None:
-            is_ours = hasattr(layer, "buffers")
-            return "The cache is empty in some layers." if is_ours else _unknown(layer)
+    for layer in cache.other_layers:
+        return _unknown(layer)
+    if any(layer.buffers is None for layer in cache.own_layers) or not cache.has_all_states:
+        return "The cache is empty in some layers."
     return against_layers(cache)
 
 

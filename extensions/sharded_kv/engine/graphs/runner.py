@@ -10,6 +10,7 @@ which are compared each time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import sys
@@ -89,7 +90,10 @@ class GraphRunner:
             self._say(str(reason), logging.INFO)
             raise
         except torch.cuda.OutOfMemoryError:  # the step is run again without room ahead
-            raise
+            if step is None or not step.cache.give_room_back(None):
+                raise
+            self._say(eligible.NO_ROOM, logging.INFO)
+            raise NotEligible(eligible.NO_ROOM) from None
         except Exception as error:  # neither a defect of ours nor what cannot be captured costs anybody a reply
             raise NotEligible(self._refuse(step, error)) from error
         self.reason = ""
@@ -234,9 +238,11 @@ class CacheGraphs:
         cache.room.let_go = self.let_go  # when the cache makes other buffers
 
     def are_on(self, cache: Any) -> bool:
-        """Whether these are still the buffers of the cache."""
-        tensors = cache.tensors()
-        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
+        """Whether these are still the buffers of the cache, and its states, which come here from where they are."""
+        buffers = [buffer.tensor for buffer in cache.buffers()]
+        count = len(buffers)
+        is_whole = len(self.tensors) >= count and all(map(is_, buffers, self.tensors))
+        return is_whole and cache.move_states(self.tensors[count:])
 
     def are_level(self, cache: Any) -> bool:
         """Whether the layers of a kind hold their tokens in the same place, as all do whose tokens nobody has set."""
@@ -282,21 +288,21 @@ class CacheGraphs:
         for kind in self._kinds.values():
             for position in kind.positions.values():
                 position.fill_(sum(kind.place))
-        output = graph.run(step, places, lambda *given: self._run_on_buffers(step, run, *given), counter)
-        for layer in step.cache.layers:
+        output = graph.run(step, places, functools.partial(self._run_on_buffers, step, run), run, counter)
+        for layer in step.cache.own_layers:
             layer.advance()
         return output
 
     def _run_on_buffers(self, step: DecodeStep, run: Run, arguments: Mapping[str, Any], counter: TrafficCounter) -> Any:
         """Run the model's forward; each layer writes where its device's position says, and shows all of its buffers."""
         try:
-            for layer in step.cache.layers:
+            for layer in step.cache.own_layers:
                 kind = self._kinds[layer.kind]
                 layer.position, layer.width = kind.positions[layer.device], kind.width
             with over_buffers():
                 return run(arguments, counter)
         finally:
-            for layer in step.cache.layers:
+            for layer in step.cache.own_layers:
                 layer.position = None
 
     def free(self) -> None:

@@ -146,6 +146,17 @@ def hooks_that_run(model: nn.Module) -> Iterator[list[str]]:
         sys.setprofile(None)
 
 
+def module_tensors(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, int]]:
+    """The tensors that a model's modules keep, by the names of module and attribute, and how often each was changed."""
+    kept: dict[tuple[str, str], tuple[Tensor, int]] = {}
+    for name, module in model.named_modules():
+        own = vars(module)
+        for key, value in (*own.items(), *own["_parameters"].items(), *own["_buffers"].items()):
+            if isinstance(value, Tensor):
+                kept[name, key] = (value, 0 if value.is_inference() else value._version)
+    return kept
+
+
 def hooks_of(own: dict[str, Any]) -> list[Any]:
     """The hooks that are run before and after a module's forward, from its attributes."""
     return [*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()]

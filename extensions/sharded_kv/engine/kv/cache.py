@@ -6,6 +6,7 @@ import copy
 import copyreg
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .buffer import Buffer, Room
-from .layers import FullLayer, SlidingLayer
+from .layers import FullLayer, HybridLayer, SlidingLayer, can_go_back, is_recurrent, is_strange
 
 IS_LAYERED = hasattr(DynamicCache(), "layers")  # since transformers 4.54
 if IS_LAYERED:
@@ -59,7 +60,8 @@ class KVCache(_Base):  # type: ignore[misc]
         if IS_LAYERED:
             ours.__dict__.update(vars(cache))
             ours.layers = [ours._layer_like(layer) for layer in cache.layers]
-            if len(ours.own_layers) < len(ours.layers):  # it cannot go back to do without room, should memory run out
+            # What keeps states cannot go back to do without room, should memory run out.
+            if any(is_strange(layer) or is_recurrent(layer) for layer in ours.layers):
                 room.most_ahead = _MOST_AHEAD_WITH_STATES
         return ours
 
@@ -71,12 +73,14 @@ class KVCache(_Base):  # type: ignore[misc]
         if not IS_LAYERED and cache.get_seq_length():
             return False
         kinds = {type(layer) for layer in getattr(cache, "layers", ())}
-        return not kinds or bool(kinds & {FullLayer.plain, SlidingLayer.plain})
+        return not kinds or bool(kinds & {FullLayer.plain, SlidingLayer.plain, HybridLayer.plain})
 
     def _layer_like(self, layer: Any) -> Any:
         """A layer of ours for a plain one; one of another kind as it is."""
         if type(layer) is FullLayer.plain:
             ours = FullLayer(self.room)
+        elif type(layer) is HybridLayer.plain:
+            ours = HybridLayer(self.room, number_of_states=layer.number_of_states)
         elif type(layer) is SlidingLayer.plain:
             ours = SlidingLayer(self.room, layer.sliding_window)
         else:
@@ -116,8 +120,10 @@ class KVCache(_Base):  # type: ignore[misc]
             beam_idx: [batch], of each row the one that comes there.
         """
         for layer in self.layers:
-            if not isinstance(layer, FullLayer):
+            if not isinstance(layer, FullLayer) and not is_recurrent(layer):
                 layer.reorder_cache(beam_idx)
+        for state in self.states():
+            state.copy_(state.index_select(0, beam_idx.to(state.device)))
         for buffer in self.buffers():
             index = beam_idx.to(buffer.tensor.device)
             try:
@@ -138,6 +144,11 @@ class KVCache(_Base):  # type: ignore[misc]
     def own_layers(self) -> list[FullLayer]:
         """Those of its layers that are ours."""
         return [layer for layer in self.layers if isinstance(layer, FullLayer)]
+
+    @property
+    def other_layers(self) -> list[Any]:
+        """Those that keep something which is neither in buffers nor among the states."""
+        return [layer for layer in self.layers if is_strange(layer)]
 
     def kinds(self) -> dict[str, list[FullLayer]]:
         """Its layers that hold something, by what they keep, under transformers' names for that."""
@@ -165,15 +176,56 @@ class KVCache(_Base):  # type: ignore[misc]
             if isinstance(layer, FullLayer):
                 yield from layer.buffers or ()
 
+    def states(self) -> list[Tensor]:
+        """The states of its recurrent layers, which are transformers' own and are written in place."""
+        return [state for states in self._held_states() for state in states.values() if state is not None]
+
+    def mark(self) -> tuple[Any, ...]:
+        """What a decode step changes, to go back to."""
+        counts = [(layer, layer.count()) for layer in self.own_layers]
+        return counts, [state.clone() for state in self.states()]
+
+    def go_back_to(self, mark: tuple[Any, ...]) -> None:
+        """Be as at the `mark`, but for what decode steps have written behind the last token."""
+        counts, states = mark
+        for layer, count in counts:
+            layer.set_count(count)
+        for state, before in zip(self.states(), states, strict=True):
+            state.copy_(before)
+
+    @property
+    def has_all_states(self) -> bool:
+        """Whether each of its recurrent layers has states."""
+        recurrent = filter(is_recurrent, self.layers)
+        return all(any(layer.is_conv_states_initialized.values()) for layer in recurrent)
+
     def tensors(self) -> list[Tensor]:
-        """The tensor of each of its `buffers()`."""
-        return [buffer.tensor for buffer in self.buffers()]
+        """The tensor of each of its `buffers()`, and its `states()`."""
+        return [*[buffer.tensor for buffer in self.buffers()], *self.states()]
+
+    def move_states(self, places: list[Tensor]) -> bool:
+        """Have its states in these tensors from now on, with what they hold now. Returns whether they fit in there."""
+        states = self.states()
+        if len(places) != len(states) or any(_kind(a) != _kind(b) for a, b in zip(states, places, strict=True)):
+            return False
+        if all(map(is_, states, places)):
+            return True
+        if set(map(id, states)) & set(map(id, places)):  # one might be written over before it is read
+            return False
+        filled = iter(places)
+        for held in self._held_states():
+            held.update({name: next(filled).copy_(state) for name, state in held.items() if state is not None})
+        return True
+
+    def _held_states(self) -> Iterator[dict[Any, Tensor | None]]:
+        for layer in filter(is_recurrent, self.layers):
+            yield from (layer.conv_states, layer.recurrent_states)
 
     def bytes_by_device(self) -> dict[torch.device, int]:
-        """Bytes of all buffers, their room included."""
+        """Bytes of all buffers, their room included, and of all states."""
         sizes: dict[torch.device, int] = defaultdict(int)
-        for buffer in self.buffers():
-            sizes[buffer.tensor.device] += buffer.tensor.numel() * buffer.tensor.element_size()
+        for tensor in self.tensors():
+            sizes[tensor.device] += tensor.numel() * tensor.element_size()
         return dict(sizes)
 
     def truncate(self, length: int) -> None:
@@ -183,7 +235,7 @@ class KVCache(_Base):  # type: ignore[misc]
             ValueError: it cannot go back so far, and is as it was.
         """
         for layer in self.layers if length else ():
-            if not isinstance(layer, FullLayer) or not layer.can_go_back_to(length):
+            if not can_go_back(layer, length):
                 raise ValueError(f"A {type(layer).__name__} cannot go back to {length} tokens.")
         for layer in self.layers:
             if isinstance(layer, FullLayer):
@@ -202,11 +254,11 @@ class KVCache(_Base):  # type: ignore[misc]
         for buffer in self.buffers():
             buffer.make_room(1)
 
-    def give_room_back(self, length: int) -> bool:
+    def give_room_back(self, length: int | None) -> bool:
         """Memory has run out in a step: forget what it has written, and have no room ahead from now on.
 
         Args:
-            length: how many tokens there were before the step.
+            length: how many tokens there were before the step; None if nothing of the step is left.
 
         Returns:
             Whether that may help: False where there was no room ahead already.
@@ -214,7 +266,8 @@ class KVCache(_Base):  # type: ignore[misc]
         if self.room.is_tight:
             return False
         try:
-            self.truncate(length)
+            if length is not None:
+                self.truncate(length)
         except ValueError:
             return False
         self.room.is_tight = True
@@ -255,3 +308,7 @@ class KVCache(_Base):  # type: ignore[misc]
         graphs = vars(self).get("graphs")
         if graphs is not None:
             graphs.outlive(self)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device

@@ -28,6 +28,27 @@ _Sliding: Any = getattr(cache_utils, "DynamicSlidingWindowLayer", DynamicLayer) 
 _COPIES_PROMPT = hasattr(DynamicLayer, "lazy_initialization")
 
 
+# None before transformers 5.
+_Recurrent: Any = getattr(cache_utils, "LinearAttentionLayer", ())
+_Hybrid: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer)
+_Dummy: Any = getattr(cache_utils, "DummyLayer", ())
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a layer keeps states of one size, beside tokens or instead: transformers writes them in place."""
+    return isinstance(layer, _Recurrent) and not layer.record_past
+
+
+def is_strange(layer: Any) -> bool:
+    """Whether a layer keeps something that is neither in our buffers nor such states."""
+    return not isinstance(layer, (FullLayer, _Dummy)) and not (type(layer) is _Recurrent and is_recurrent(layer))
+
+
+def can_go_back(layer: Any, length: int) -> bool:
+    """Whether what a layer of `length` tokens would have is still there."""
+    return bool(layer.can_go_back_to(length)) if isinstance(layer, FullLayer) else isinstance(layer, _Dummy)
+
+
 def _in_buffer(name: str) -> property:
     """A layer's `keys` or `values`, kept under `name`: a `Buffer`, or what transformers has for an empty layer."""
 
@@ -169,6 +190,15 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         self._keys.length += 1
         self._values.length += 1
 
+    def count(self) -> tuple[int, ...]:
+        """How many tokens it has, and where they begin."""
+        return tuple(number for buffer in self.buffers or () for number in (buffer.start, buffer.length))
+
+    def set_count(self, count: tuple[int, ...]) -> None:
+        """Have as many tokens again as it had."""
+        keys, values = self._keys, self._values
+        keys.start, keys.length, values.start, values.length = count
+
     def can_go_back_to(self, length: int) -> bool:
         """Whether what a layer of `length` tokens would have is still here."""
         return True
@@ -271,6 +301,15 @@ class SlidingLayer(FullLayer, _Sliding):  # type: ignore[misc]
         super().advance()
         self._keep_window(1)
 
+    def count(self) -> tuple[int, ...]:
+        """How many tokens it has, where they begin, and how many it has seen."""
+        return (*super().count(), self.cumulative_length)
+
+    def set_count(self, count: tuple[int, ...]) -> None:
+        """Have as many tokens again as it had."""
+        super().set_count(count[:-1])
+        self.cumulative_length = count[-1]
+
     def _keep_window(self, new_tokens: int) -> None:
         self.cumulative_length += new_tokens
         for buffer in (self._keys, self._values):
@@ -287,6 +326,20 @@ class SlidingLayer(FullLayer, _Sliding):  # type: ignore[misc]
             for buffer in self.buffers or ():
                 buffer.go_back(self.cumulative_length - length, min(self.sliding_window - 1, length))
             self.cumulative_length = length
+
+
+class HybridLayer(FullLayer, _Hybrid):  # type: ignore[misc]
+    """A layer that keeps all tokens, and recurrent states, which are transformers' own."""
+
+    plain = _Hybrid
+
+    def can_go_back_to(self, length: int) -> bool:
+        """Whether what a layer of `length` tokens would have is still here: its states have no past."""
+        return False
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens, for it can go back no less."""
+        self.reset()
 
 
 _OURS = frozenset({"_keys", "_values", "room", "position", "width", "is_read_by_host"})

@@ -1,0 +1,268 @@
+"""Models with recurrent states in graph mode: what a step adds to them is added once, whatever becomes of the step."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine.graphs import capture
+from extensions.sharded_kv.engine.graphs.decode import DecodeGraph
+from tests import support
+from tools import models, simulated
+
+pytestmark = pytest.mark.skipif(
+    Version("5.23") > Version(transformers.__version__), reason="older masks of recurrent layers read values back"
+)
+TOKENS = 24
+_COMMON = {
+    "vocab_size": models.VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": models.MAX_POSITIONS,
+    "pad_token_id": models.PAD_ID,
+    "bos_token_id": models.BOS_ID,
+    "eos_token_id": models.EOS_ID,
+}
+_BY_TURNS = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_DELTA = {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+# A convolution alone, state space, gated delta rule, states and keys in one layer, experts.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
+    "bamba": ("BambaConfig", {"attn_layer_indices": [1, 3], **_MAMBA}),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            **_BY_TURNS,
+            **_DELTA,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "falcon-h1": (
+        "FalconH1Config",
+        {**_MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 64, "head_dim": 16},
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "num_experts": 2,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+        },
+    ),
+    "granite": (
+        "GraniteMoeHybridConfig",
+        {**_BY_TURNS, **_MAMBA, "shared_intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+}
+every_model = pytest.mark.parametrize("name", CONFIGS)
+
+
+@pytest.fixture
+def places(devices: support.Devices) -> list[str]:
+    return devices.up_to(2)
+
+
+def build(name: str, places: list[str]) -> Any:
+    config, settings = CONFIGS[name]
+    made = getattr(transformers, config)(**{**_COMMON, **settings})
+    return support.spread(models.build(made), places)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every step that is captured."""
+    made: list[object] = []
+
+    class CapturedStep(capture.CapturedStep):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
+    return made
+
+
+def reply(model: Any, tokens: int = TOKENS, **options: Any) -> list[list[int]]:
+    place = model.get_input_embeddings().weight.device
+    inputs = {name: tensor.to(place) for name, tensor in support.prompts(2).items()}
+    with torch.no_grad():
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+    replied: list[list[int]] = out.tolist()
+    return replied
+
+
+def in_graph_mode(model: Any) -> Sharding:
+    sharding = shard(model)
+    sharding.mode = "graph"
+    return sharding
+
+
+@every_model
+def test_replies_come_from_graphs_and_the_next_reply_finds_them(
+    places: list[str], captures: list[object], name: str
+) -> None:
+    model = build(name, places)
+    right = reply(model)
+    sharding = in_graph_mode(model)
+    assert reply(model) == right
+    assert sharding.reason_for_eager == ""
+    assert len(captures) == 1
+    assert reply(model) == right
+    assert len(captures) == 1
+    sharding.detach()
+    assert reply(model) == right
+
+
+@every_model
+def test_beams_take_their_states_along(places: list[str], name: str) -> None:
+    model = build(name, places)
+    right = reply(model, num_beams=2)
+    sharding = in_graph_mode(model)
+    assert reply(model, num_beams=2) == right
+    assert sharding.reason_for_eager == ""
+
+
+@every_model
+@pytest.mark.parametrize("method", ["_capture", "_verify"])
+def test_a_step_that_fails_in_graph_mode_leaves_the_states_as_they_were(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, name: str, method: str
+) -> None:
+    def fail(graph: DecodeGraph, *args: Any) -> None:
+        original(graph, *args)
+        raise RuntimeError("no graphs today")
+
+    model = build(name, places)
+    right = reply(model)
+    sharding = in_graph_mode(model)
+    original: Callable[..., None] = getattr(DecodeGraph, method)
+    monkeypatch.setattr(DecodeGraph, method, fail)
+    assert reply(model) == right
+    assert "no graphs today" in sharding.reason_for_eager
+    assert sharding.enabled
+
+
+@every_model
+def test_memory_that_runs_out_in_graph_mode_costs_no_reply(devices: support.Devices, name: str) -> None:
+    if devices.kind != "sim":
+        pytest.skip("capacities can be set on simulated devices")
+    model = build(name, devices(2))
+    simulated.reset_peak()
+    right = reply(model)
+    room = [int(simulated.peak(index) * 1.02) for index in range(2)]
+    sharding = in_graph_mode(model)
+    try:
+        for index, size in enumerate(room):
+            simulated.set_capacity(index, size)
+        assert reply(model) == right
+    finally:
+        for index in range(2):
+            simulated.set_capacity(index, None)
+    assert sharding.failure == ""
+
+
+def test_a_copy_of_the_cache_goes_on_by_itself(places: list[str]) -> None:
+    def tokens_of(cache: Any, ids: Tensor, count: int) -> list[int]:
+        tokens = []
+        for _ in range(count):
+            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            tokens += ids.flatten().tolist()
+        return tokens
+
+    model = build("granite", places)
+    sharding = in_graph_mode(model)
+    ids = support.prompts(1)["input_ids"].to(places[0])
+    cache = sharding.new_cache()
+    with torch.no_grad():
+        last = tokens_of(cache, ids, 8)[-1]
+        next_id = torch.full((1, 1), last, device=ids.device)
+        copied, saved = copy.deepcopy(cache), io.BytesIO()
+        torch.save(cache, saved)
+        right = tokens_of(cache, next_id, 8)
+        assert sharding.reason_for_eager == ""
+        assert tokens_of(copied, next_id, 8) == right
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=False)
+        assert type(loaded) is transformers.DynamicCache
+        assert tokens_of(loaded, next_id, 8) == right
+
+
+def test_a_model_that_counts_its_tokens_in_its_own_way_has_its_own_positions(places: list[str]) -> None:
+    def tokens_of(cache: Any) -> list[int]:
+        ids, tokens = support.prompts(1)["input_ids"].to(places[0]), []
+        for _ in range(10):
+            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            tokens += ids.flatten().tolist()
+        return tokens
+
+    model = build("bamba", places)  # in transformers 5.23 each token without position_ids is at the text's beginning
+    with torch.no_grad():
+        right = tokens_of(transformers.DynamicCache(config=model.config))
+        sharding = in_graph_mode(model)
+        assert tokens_of(sharding.new_cache()) == right
+    assert "pass them" in sharding.reason_for_eager
+
+
+def test_a_model_that_keeps_its_states_elsewhere_stays_eager(places: list[str]) -> None:
+    config = transformers.RecurrentGemmaConfig(
+        **{**_COMMON, "num_hidden_layers": 6}, lru_width=64, attention_window_size=16
+    )
+    model = support.spread(models.build(config), places)
+    right = reply(model)
+    sharding = in_graph_mode(model)
+    assert reply(model) == right
+    assert sharding.reason_for_eager
+
+
+class Remembers(nn.Module):
+    """Adds what it was given before, which it keeps itself."""
+
+    def __init__(self, inner: nn.Module, way: str) -> None:
+        super().__init__()
+        self.inner, self.way = inner, way
+        self.seen: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.inner(hidden)
+        last = out[:, -1:].detach()
+        if self.seen is None or self.seen.shape != last.shape:
+            self.seen = last.clone()
+        elif self.way == "anew":
+            self.seen = self.seen * 0.5 + last
+        else:
+            self.seen.mul_(0.5).add_(last)
+        return out + self.seen
+
+
+@pytest.mark.parametrize("way", ["anew", "in-place"])
+def test_what_a_module_remembers_from_step_to_step_is_added_once(places: list[str], way: str) -> None:
+    model = models.build("llama", num_hidden_layers=4)
+    layer: Any = model.model.layers[2]
+    layer.mlp = Remembers(layer.mlp, way)
+    model = support.spread(model, places)
+    right = reply(model)
+    layer.mlp.seen = None
+    sharding = in_graph_mode(model)
+    assert reply(model) == right
+    assert "keeps" in sharding.reason_for_eager
