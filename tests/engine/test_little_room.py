@@ -59,6 +59,7 @@ asked = st.builds(
 KNOWN = {
     "long": [LONG],
     "beams": [dataclasses.replace(LONG, beams=3)],
+    "beams-of-rows": [Asked(length=78, rows=3, beams=3, tokens=34, caches=True)],
     "rows": [dataclasses.replace(LONG, rows=3)],
     "long-prompt-after": [LONG, dataclasses.replace(LONG, length=300, tokens=3)],
     "more-rows-after": [LONG, dataclasses.replace(LONG, length=100, rows=3, tokens=3)],

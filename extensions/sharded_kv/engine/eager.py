@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -200,7 +201,8 @@ class Runtime:
                             elif compat.is_own_cache(cache) and cache.room.has_grown:
                                 _leave_free(cache, output)
                         return output
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # where it was raised, views of buffers are at hand
                 if is_last_try or not self._has_given_room_back(cache, length):
                     raise
             except Exception as error:

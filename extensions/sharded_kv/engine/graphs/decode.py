@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class DecodeGraph:
             if self._state is not State.TRACED:
                 is_first = self._state is State.COLD
                 output = self._trace(step, run, counter, before)
-                if is_first and self._state is State.TRACED and step.given is not None and not self._hooked:
+                if is_first and not (step.given is None or self._hooked or self._changed):
                     self._compare_with_own_positions(step, output, run_plainly, before)
                 return output
             self._capture(step, run)
@@ -148,7 +148,7 @@ class DecodeGraph:
             self._verify(step, output, counter, before)
         else:
             self.free()
-            changes = _changes(kept, module_tensors(step.model))
+            changes = _changes(kept, module_tensors(step.model), trace.read)
             self._changed += changes[:1]
             if not changes:
                 self._state, self._fingerprint = State.TRACED, Fingerprint(step.model)
@@ -199,13 +199,14 @@ def _plain_mode() -> Iterator[None]:
         yield
 
 
-def _changes(before: Mapping[tuple[str, str], Any], after: Mapping[tuple[str, str], Any]) -> list[str]:
-    """The names of the modules that keep other tensors than before, or have changed one in place."""
-    nothing = (None, 0)
+def _changes(
+    before: Mapping[tuple[str, str], tuple[Tensor, int]], after: Mapping[tuple[str, str], Any], read: Container[int]
+) -> list[str]:
+    """The names of the modules that keep something else than before in the place of a tensor that the step has read."""
     return [
         place[0] or "the model"
-        for place, (tensor, version) in after.items()
-        if tensor is not before.get(place, nothing)[0] or version != before.get(place, nothing)[1]
+        for place, (tensor, version) in before.items()
+        if (after.get(place, (None, 0))[0] is not tensor or after[place][1] != version) and tensor.data_ptr() in read
     ]
 
 

@@ -90,8 +90,10 @@ class GraphRunner:
             self._say(str(reason), logging.INFO)
             raise
         except torch.cuda.OutOfMemoryError:  # the step is run again without room ahead
-            if step is None or not step.cache.give_room_back(None):
+            if step is None or not step.cache.states():
                 raise
+            self.drop_spare()
+            step.cache.give_room_back(None)  # from outside it could not be: states do not go back
             self._say(eligible.NO_ROOM, logging.INFO)
             raise NotEligible(eligible.NO_ROOM) from None
         except Exception as error:  # neither a defect of ours nor what cannot be captured costs anybody a reply

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..transfers import tensors_in
 
 _aten = torch.ops.aten
+_WRITING_OVER = (_aten.copy_.default, _aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default)
 # Values of tensors on the host are compared from step to step; a larger one is none that a forward makes anew.
 _MOST_HOST_VALUES = 1024
 # Hooks of these do nothing in a step that may be a graph: our own, and those by which transformers 5 collects hidden
@@ -37,11 +38,14 @@ class OpTrace(TorchDispatchMode):
 
     Attributes:
         ops: of each operator in turn, itself, its arguments and its keyword arguments.
+        read: where the tensors lie that operators were given and that no operator has made, or written over as a whole.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[tuple[Any, ...]] = []
+        self.read: set[int] = set()
+        self._written: set[int] = set()
         self._here = object()
         self._made = 0
 
@@ -50,6 +54,8 @@ class OpTrace(TorchDispatchMode):
         if torch.is_inference_mode_enabled():  # operators that consist of others come whole there, views among them
             raise CannotCapture("Part of its forward runs in inference mode.")
         self._check(func, args, kwargs)
+        if func in _WRITING_OVER and args[0].nbytes == args[0].untyped_storage().nbytes():
+            self._written.add(args[0].data_ptr())
         self.ops.append((func, self._record(args), self._record(tuple(kwargs.items()))))
         out = self.run(func, args, kwargs)
         for tensor in tensors_in(out):
@@ -92,6 +98,8 @@ class OpTrace(TorchDispatchMode):
             return (*look, tuple(map(repr, tensor.flatten().tolist())))
         if made is not None and made[0] is self._here:
             return (*look, made[1])
+        if tensor.data_ptr() not in self._written:
+            self.read.add(tensor.data_ptr())
         return (*look, tensor.data_ptr())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from operator import is_
@@ -128,7 +129,8 @@ class KVCache(_Base):  # type: ignore[misc]
             index = beam_idx.to(buffer.tensor.device)
             try:
                 buffer.reorder(index)
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # there, a view of the buffer is at hand
                 if not self.give_room_back(self.length):
                     raise
                 buffer.reorder(index)
