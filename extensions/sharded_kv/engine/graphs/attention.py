@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import text
+
 logger = logging.getLogger(__name__)
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -124,7 +126,7 @@ def _ordered(
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # it is not for this GPU, or not for these shapes
-            logger.debug("Attention by %s cannot be had.", name, exc_info=error)
+            logger.info("Attention by %s cannot be had: %s", name, text.one_line(text.of_error(error))[:200])
     names = sorted(took, key=lambda name: took[name])
     times = ", ".join(f"{name} {1000 * took[name]:.0f} us" for name in names)
     logger.info("Attention over %d tokens in graphs on %s: %s.", keys.shape[2], query.device, times)

@@ -21,35 +21,35 @@ _PROGRAMS_PER_PROCESSOR = 4
 _FEWEST_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["width", "splits", "heads"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["width", "splits", "heads"])
 def _attend_to_part(
-    query: Any,
-    keys: Any,
-    values: Any,
-    mask: Any,
-    parts: Any,
-    largest: Any,
-    sums: Any,
-    scale: Any,
-    masked_below: Any,
-    width: Any,
-    splits: Any,
-    heads: Any,
-    query_batch: Any,
-    query_head: Any,
-    key_batch: Any,
-    key_head: Any,
-    key_token: Any,
-    value_batch: Any,
-    value_head: Any,
-    value_token: Any,
-    mask_batch: Any,
+    query,
+    keys,
+    values,
+    mask,
+    parts,
+    largest,
+    sums,
+    scale,
+    masked_below,
+    width,
+    splits,
+    heads,
+    query_batch,
+    query_head,
+    key_batch,
+    key_head,
+    key_token,
+    value_batch,
+    value_head,
+    value_token,
+    mask_batch,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
     KEYS: tl.constexpr,
-) -> None:
+):
     batch, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     row, size, key = tl.arange(0, ROWS), tl.arange(0, SIZE_PADDED), tl.arange(0, KEYS)
     is_row, is_size = row < GROUP, size < SIZE
@@ -87,17 +87,17 @@ def _attend_to_part(
     tl.store(parts + place[:, None] * SIZE + size[None, :], result, is_row[:, None] & is_size[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
-    parts: Any,
-    largest: Any,
-    sums: Any,
-    out: Any,
-    splits: Any,
+    parts,
+    largest,
+    sums,
+    out,
+    splits,
     SPLITS_PADDED: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0)
     split, size = tl.arange(0, SPLITS_PADDED), tl.arange(0, SIZE_PADDED)
     is_split, is_size = split < splits, size < SIZE
