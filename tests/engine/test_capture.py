@@ -659,6 +659,15 @@ def test_the_current_stream_is_afterwards_the_default_one(
     capture(lambda: x + 1)
     with pytest.raises(RuntimeError, match="non-default stream"):
         devices.runtime.CUDAGraph().capture_begin()
+    capture(lambda: x + 1)  # after a capture that has failed torch draws no random numbers, till one succeeds
+
+
+def test_random_numbers_can_be_drawn_after_a_capture_that_has_failed(here: torch.device, capture: Recorder) -> None:
+    x = grid(here)
+    mask = x > 3
+    with pytest.raises((RuntimeError, CannotCapture)):
+        capture(lambda: torch.ops.aten.index_put_(x + 1, [mask], x[0]))
+    torch.multinomial(torch.ones(4, device=here), 1)
 
 
 def test_what_is_freed_gives_its_memory_back(devices: support.Devices, here: torch.device, capture: Recorder) -> None:

@@ -484,6 +484,30 @@ def test_what_kept_a_step_from_being_captured_can_be_taken_out_again(
     assert replays
 
 
+class Clips(nn.Module):
+    """Sets what is too large to a number, which simulated devices refuse in a capture."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.inner(hidden)
+        out[out > 3] = 3
+        return out
+
+
+def test_tokens_are_drawn_after_a_capture_that_has_failed(devices: support.Devices, places: list[str]) -> None:
+    model = models.build("llama", num_hidden_layers=4)
+    layer: Any = model.model.layers[0]
+    layer.mlp = Clips(layer.mlp)
+    sharding = in_graph_mode(support.spread(model, places))
+    ids = support.prompts(1)["input_ids"].to(places[0])
+    with torch.no_grad():
+        assert model.generate(ids, do_sample=True, max_new_tokens=9, min_new_tokens=9).shape[1] == ids.shape[1] + 9
+    assert devices.kind == "cuda" or "could not be captured" in sharding.reason_for_eager
+
+
 def test_an_error_of_the_models_own_is_raised_and_refuses_no_later_reply(
     model: Any, sharding: Sharding, replays: list[object]
 ) -> None:

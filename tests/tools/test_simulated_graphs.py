@@ -37,6 +37,16 @@ def capturing(device: str = SIM0) -> Iterator[Any]:
             graph.capture_end()
 
 
+@contextlib.contextmanager
+def failing() -> Iterator[None]:
+    """What runs inside is refused in a capture, which then fails at its end; the next one succeeds."""
+    refused = pytest.raises(RuntimeError, match="not permitted when stream is capturing")
+    with pytest.raises(RuntimeError, match="due to a previous error"), capturing(), refused:
+        yield
+    with capturing():
+        pass
+
+
 def on(device: str, *values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -353,7 +363,7 @@ def test_reading_a_value_back_is_refused(mode: Any, read: Callable[[Tensor], Any
 )
 def test_a_copy_from_the_host_is_refused(fetch: Callable[[Tensor], Any]) -> None:
     x = on(SIM0, 1, 2)
-    with capturing(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+    with failing():
         fetch(x)
 
 
@@ -364,8 +374,20 @@ def test_a_copy_from_the_host_is_refused(fetch: Callable[[Tensor], Any]) -> None
 )
 def test_a_result_whose_size_depends_on_values_is_refused(read: Callable[[Tensor], Any]) -> None:
     x = on(SIM0, 1, 2)
-    with capturing(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+    with failing():
         read(x)
+
+
+def test_after_a_capture_that_has_failed_no_random_numbers_are_drawn_till_one_succeeds() -> None:
+    x = on(SIM0, 1, 2)
+    with pytest.raises(RuntimeError, match="due to a previous error"), capturing(), contextlib.suppress(RuntimeError):
+        x.nonzero()
+    with pytest.raises(RuntimeError, match="Offset increment outside graph capture"):
+        torch.multinomial(x, 1)
+    torch.multinomial(on(SIM1, 1, 2), 1)
+    with capturing():
+        pass
+    torch.multinomial(x, 1)
 
 
 def test_a_scalar_on_the_host_may_stand_beside_a_tensor() -> None:

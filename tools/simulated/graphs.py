@@ -57,12 +57,17 @@ class _Step:
     memory: list[Any]
 
 
+# Devices whose random numbers cannot be drawn: torch takes their generator for one in a capture since one has failed.
+stuck: set[torch.device | None] = set()
+
+
 class CUDAGraph:
     """As torch.cuda.CUDAGraph. Every tensor of a capture lives as long as it: there is no pool that reuses memory."""
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
         self._device: torch.device | None = None
+        self._is_broken = False
         self._made: set[int] = set()  # memory that operators of the capture made
         self._before: dict[
             int, tuple[torch.UntypedStorage, torch.UntypedStorage]
@@ -82,6 +87,10 @@ class CUDAGraph:
         if _thread.graph is not self:
             raise RuntimeError("This graph is not being captured.")
         _thread.graph = None
+        if self._is_broken:
+            stuck.add(self._device)
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        stuck.discard(self._device)
         for memory, before in self._before.values():
             memory.copy_(before)
         self._before = {}
@@ -115,7 +124,11 @@ class CUDAGraph:
             RuntimeError: a real capture would not take it in.
         """
         kept = dict(kwargs)  # the backend rewrites a factory's device in place
-        self._refuse(func, args)
+        try:
+            self._refuse(func, args)
+        except RuntimeError:
+            self._is_broken = True
+            raise
         self._keep_what_is_written(func, args, kwargs)
         _thread.graph = None  # what the operator consists of belongs to it
         try:

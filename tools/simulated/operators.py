@@ -206,6 +206,8 @@ def _to_cpu(call: _Call, kwargs: dict[str, Any]) -> bool:
 
 def _draw(op: _Op, index: int, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """Runs an operator, with the device's random numbers if it needs any."""
+    if (op.generator >= 0 or op.draws) and device_of(index) in graphs.stuck:
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
     if op.generator >= 0:
         if op.generator < len(args):
             args[op.generator] = machine.random.for_op(args[op.generator], index)

@@ -100,11 +100,12 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     kind = (query.device, query.dtype, *query.shape, keys.shape[1], size)
     with _choosing:
         if kind not in _by_speed and not torch.cuda.is_current_stream_capturing():  # else nothing can be measured
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # to be found out another time
+            with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.cuda.device(query.device):
                 _by_speed[kind] = _ordered(ways, query, keys, values, mask, scale)
         names = [name for name in _by_speed.get(kind, ()) if name in ways]
     best = ways[names[0]] if names else as_rows
-    return best(query, keys, values, mask, scale).contiguous()
+    with torch.cuda.device(query.device):  # where Triton launches
+        return best(query, keys, values, mask, scale).contiguous()
 
 
 def _ordered(

@@ -200,11 +200,33 @@ class Capture(OpTrace):  # type: ignore[no-untyped-call]
             # A block may have made its own device the current one by now.
             with runtime_of(segment.device).device(segment.device):
                 segment.graph.capture_end()
+        except Exception:
+            _failed.append(segment.graph)
+            _free_generator(segment.device)
+            raise
         finally:
             self._stream.__exit__(None, None, None)
 
 
 _one_at_a_time = threading.Lock()
+# Graphs whose capture has failed: torch's allocator goes on asking them whether memory is theirs.
+_failed: list[Any] = []
+
+
+def _free_generator(device: torch.device) -> None:
+    """Have random numbers be drawn on a device again, as sampling does.
+
+    When a capture fails at its end, torch (2.11) does not tell the device's generator, which then refuses whatever is
+    drawn outside of a capture. The end of the next one that succeeds tells it.
+    """
+    with contextlib.suppress(Exception):
+        runtime = runtime_of(device)
+        with runtime.device(device):
+            graph = runtime.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=device)
+            graph.capture_end()
+            graph.reset()
 
 
 @contextlib.contextmanager
