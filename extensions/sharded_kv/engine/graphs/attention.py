@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import text
+from .capture import free_generator
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def _ordered(
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # it is not for this GPU, or not for these shapes
+            free_generator(query.device)  # it may have failed in a capture
             logger.info("Attention by %s cannot be had: %s", name, text.one_line(text.of_error(error))[:200])
     names = sorted(took, key=lambda name: took[name])
     times = ", ".join(f"{name} {1000 * took[name]:.0f} us" for name in names)
@@ -198,11 +200,11 @@ def over_buffers() -> Iterator[None]:
             theirs = interface()[_NAME]
             interface.register(_NAME, functools.partial(_instead_of, theirs))
         _users += 1
-    _here.is_over_buffers = True
+    was_over_buffers, _here.is_over_buffers = _here.is_over_buffers, True
     try:
         yield
     finally:
-        _here.is_over_buffers = False
+        _here.is_over_buffers = was_over_buffers
         with _installing:
             _users -= 1
             ours = interface()[_NAME]

@@ -202,7 +202,7 @@ class Capture(OpTrace):  # type: ignore[no-untyped-call]
                 segment.graph.capture_end()
         except Exception:
             _failed.append(segment.graph)
-            _free_generator(segment.device)
+            free_generator(segment.device)
             raise
         finally:
             self._stream.__exit__(None, None, None)
@@ -213,7 +213,7 @@ _one_at_a_time = threading.Lock()
 _failed: list[Any] = []
 
 
-def _free_generator(device: torch.device) -> None:
+def free_generator(device: torch.device) -> None:
     """Have random numbers be drawn on a device again, as sampling does.
 
     When a capture fails at its end, torch (2.11) does not tell the device's generator, which then refuses whatever is
