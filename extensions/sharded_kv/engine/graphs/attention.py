@@ -15,7 +15,6 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -78,12 +77,21 @@ def ways_for(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Mappi
     ways: dict[str, Way] = {"rows": as_rows, "grouped": _grouped}
     if keys.shape[0] == 1 and keys.shape[2] % _PIECE == 0:
         ways["pieces"] = _in_pieces
-    if find_spec("triton") is not None:
-        from . import split_keys
-
-        if split_keys.takes(query, keys, values, mask):
-            ways["split keys"] = split_keys.attend
+    kernel = _kernel()
+    if kernel is not None and kernel.takes(query, keys, values, mask):
+        ways["split keys"] = kernel.attend
     return ways
+
+
+@functools.lru_cache(maxsize=1)
+def _kernel() -> Any:
+    """The module of our Triton kernel; None where Triton cannot be had."""
+    try:
+        from . import split_keys
+    except Exception as error:  # it is not there, or broken
+        logger.info("There is no Triton for attention: %s", text.one_line(text.of_error(error))[:200])
+        return None
+    return split_keys
 
 
 # --- which of them --------------------------------------------------------------------------------------------------
@@ -248,6 +256,7 @@ def _is_ours(
         and not kwargs.get("dropout")
         and isinstance(mask, Tensor)
         and mask.is_floating_point()
+        and query.dtype in _TOLERANCES
         and mask.dim() == query.dim() == key.dim() == 4
         and mask.shape[1:] == (1, 1, key.shape[2])
         and mask.shape[0] in (1, query.shape[0])

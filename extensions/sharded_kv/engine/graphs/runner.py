@@ -14,6 +14,7 @@ import functools
 import itertools
 import logging
 import sys
+import traceback
 import weakref
 from collections.abc import Mapping
 from operator import is_
@@ -89,9 +90,10 @@ class GraphRunner:
         except NotEligible as reason:
             self._say(str(reason), logging.INFO)
             raise
-        except torch.cuda.OutOfMemoryError:  # the step is run again without room ahead
+        except torch.cuda.OutOfMemoryError as error:  # the step is run again without room ahead
             if step is None or not step.cache.states():
                 raise
+            traceback.clear_frames(error.__traceback__)  # where it was raised, views of buffers are at hand
             self.drop_spare()
             step.cache.give_room_back(None)  # from outside it could not be: states do not go back
             self._say(eligible.NO_ROOM, logging.INFO)

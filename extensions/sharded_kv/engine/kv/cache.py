@@ -208,10 +208,12 @@ class KVCache(_Base):  # type: ignore[misc]
     def move_states(self, places: list[Tensor]) -> bool:
         """Have its states in these tensors from now on, with what they hold now. Returns whether they fit in there."""
         states = self.states()
-        if len(places) != len(states) or any(_kind(a) != _kind(b) for a, b in zip(states, places, strict=True)):
+        if len(places) != len(states):
             return False
         if all(map(is_, states, places)):
             return True
+        if any(_kind(state) != _kind(place) for state, place in zip(states, places, strict=True)):
+            return False
         if set(map(id, states)) & set(map(id, places)):  # one might be written over before it is read
             return False
         filled = iter(places)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import inspect
 from typing import Any
 
 import torch
@@ -28,15 +29,18 @@ _Sliding: Any = getattr(cache_utils, "DynamicSlidingWindowLayer", DynamicLayer) 
 _COPIES_PROMPT = hasattr(DynamicLayer, "lazy_initialization")
 
 
-# None before transformers 5.
-_Recurrent: Any = getattr(cache_utils, "LinearAttentionLayer", ())
-_Hybrid: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer)
+# Before transformers 5.14 a layer's states are one tensor each, and these layers stay transformers' own.
+_HAS_STATES = (
+    "number_of_states" in inspect.signature(getattr(cache_utils, "LinearAttentionLayer", object).__init__).parameters
+)
+_Recurrent: Any = cache_utils.LinearAttentionLayer if _HAS_STATES else ()
+_Hybrid: Any = cache_utils.LinearAttentionAndFullAttentionLayer if _HAS_STATES else DynamicLayer
 _Dummy: Any = getattr(cache_utils, "DummyLayer", ())
 
 
 def is_recurrent(layer: Any) -> bool:
     """Whether a layer keeps states of one size, beside tokens or instead: transformers writes them in place."""
-    return isinstance(layer, _Recurrent) and not layer.record_past
+    return isinstance(layer, _Recurrent) and not getattr(layer, "record_past", False)
 
 
 def is_strange(layer: Any) -> bool:
@@ -339,7 +343,9 @@ class HybridLayer(FullLayer, _Hybrid):  # type: ignore[misc]
 
     def truncate(self, length: int) -> None:
         """Forget all tokens, for it can go back no less."""
-        self.reset()
+        self._keys = self._values = None  # transformers 5.17 would keep them, and zero them
+        self.is_initialized = False
+        _Recurrent.reset(self)
 
 
 _OURS = frozenset({"_keys", "_values", "room", "position", "width", "is_read_by_host"})
