@@ -98,7 +98,7 @@ def _case(
 
 
 def _ways(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> dict[str, attention.Way]:
-    """The engine's ways, those of torch also without cuDNN's kernels, and what transformers did before 5.22."""
+    """The engine's ways, those of torch also without cuDNN's kernels, and what transformers did before 5.23."""
     ways = {"repeated": _repeated, **attention.ways_for(query, keys, values, mask)}
     for name in ("repeated", "rows", "grouped"):
         ways[f"{name}, no cuDNN"] = _without_cudnn(ways[name])

@@ -104,17 +104,20 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     """The operator: the quickest way for such tensors, found out the first time."""
     if query.device.type != "cuda":
         return _grouped(query, keys, values, mask, scale).contiguous()
+    with torch.cuda.device(query.device):  # where Triton launches
+        return _quickest(query, keys, values, mask, scale)(query, keys, values, mask, scale).contiguous()
+
+
+def _quickest(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Way:
+    """The quickest way that is right for these tensors; torch's own where that could not be found out yet."""
     ways = ways_for(query, keys, values, mask)
     size = keys.shape[2].bit_length()  # what is quickest for some tokens is so for a few more
     kind = (query.device, query.dtype, *query.shape, keys.shape[1], size)
     with _choosing:
-        if kind not in _by_speed and not torch.cuda.is_current_stream_capturing():  # else nothing can be measured
-            with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.cuda.device(query.device):
+        if not _by_speed.get(kind) and not torch.cuda.is_current_stream_capturing():  # else nothing can be measured
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # to be found out another time
                 _by_speed[kind] = _ordered(ways, query, keys, values, mask, scale)
-        names = [name for name in _by_speed.get(kind, ()) if name in ways]
-    best = ways[names[0]] if names else as_rows
-    with torch.cuda.device(query.device):  # where Triton launches
-        return best(query, keys, values, mask, scale).contiguous()
+        return next((ways[name] for name in _by_speed.get(kind, ()) if name in ways), as_rows)
 
 
 def _ordered(
@@ -197,7 +200,7 @@ _users = 0
 @contextlib.contextmanager
 def over_buffers() -> Iterator[None]:
     """Within, the attention of this thread's forwards is ours, where it is transformers' sdpa attention otherwise."""
-    # Since transformers 4.50.
+    # Since transformers 4.51.
     interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     if interface is None or not _KNOWS_GROUPS:
         yield

@@ -158,8 +158,8 @@ def _against_call(
 
 def against_cache(cache: Any) -> str:
     """Why tokens cannot be written to a cache in a graph; "" if they can."""
-    for layer in cache.other_layers:
-        return _unknown(layer)
+    if others := cache.other_layers:
+        return _unknown(others[0])
     if any(layer.buffers is None for layer in cache.own_layers) or not cache.has_all_states:
         return "The cache is empty in some layers."
     return against_layers(cache)

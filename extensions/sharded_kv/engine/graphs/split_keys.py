@@ -111,11 +111,10 @@ def _merge(
 
 
 def takes(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> bool:
-    """Whether the kernel is right for these: sizes, types and layouts."""
+    """Whether the kernel is right for these: their sizes and layouts, and that they are of one type."""
     return (
         query.shape[3] <= 256
         and query.dtype == keys.dtype == values.dtype
-        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and all(tensor.stride(3) == 1 for tensor in (query, keys, values, mask))
     )
 
