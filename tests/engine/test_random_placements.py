@@ -173,11 +173,11 @@ def run(case: Case, model: Any) -> Run:
     """Have `model` reply."""
     copied: collections.Counter[tuple[int, int]] = collections.Counter()
     caches: list[dict[torch.device, int]] = []
-    remember = ForwardState._remember
+    remember = ForwardState.remember
 
-    def note(forward: ForwardState, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
-        copied[id(forward), device.index or 0] += copy.numel() * copy.element_size()
-        remember(forward, tensor, device, copy)
+    def note(forward: ForwardState, tensor: Tensor, copy: Tensor) -> None:
+        copied[id(forward), copy.device.index or 0] += copy.numel() * copy.element_size()
+        remember(forward, tensor, copy)
 
     def note_cache(_module: nn.Module, _args: Any, output: Any) -> None:
         caches.append(bytes_by_device(output.get("past_key_values")))
@@ -186,7 +186,7 @@ def run(case: Case, model: Any) -> Run:
     before = [simulated.allocated(index) for index in range(4)]
     simulated.reset_peak()
     with pytest.MonkeyPatch.context() as patch, simulated.record() as traffic:
-        patch.setattr(ForwardState, "_remember", note)
+        patch.setattr(ForwardState, "remember", note)
         hook = model.register_forward_hook(note_cache)
         reply = case.reply(model)
         hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteriaList
 
 from extensions.sharded_kv import shard
 from tests import support
@@ -28,12 +30,13 @@ FAMILIES = (
     "mixtral",
     "gemma2",
 )
+READ_POSITIONS = ("gptj",)  # in their layers
 Pair = tuple[str, str]
 
 
-def decode_step(model: nn.Module, inputs: dict[str, Tensor], cache: Any) -> Any:
+def decode_step(model: nn.Module, inputs: dict[str, Tensor], cache: Any, **options: Any) -> Any:
     """One forward with one new token per prompt and the cache of all before it."""
-    step = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
+    step = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"], **options}
     with torch.no_grad():
         return model(**step, past_key_values=cache, use_cache=True)
 
@@ -133,6 +136,75 @@ def test_a_decode_step_moves_hidden_states_shared_inputs_and_logits_once_and_no_
     assert between_gpus(traffic.copies) == dict(copies)
     assert between_gpus(traffic.bytes) == dict(sizes)
     assert torch.equal(output.logits.argmax(-1).cpu(), expected.output.logits.argmax(-1))
+
+
+def last_token(model: nn.Module, inputs: dict[str, Tensor], traffic: Any, tokens: int = 6) -> tuple[Any, Any]:
+    """What a reply's last token has moved: copies and bytes of each pair of devices."""
+    seen: list[tuple[Counter[Pair], Counter[Pair]]] = []
+
+    def note(*_: Any) -> Any:
+        seen.append((Counter(between_gpus(traffic.copies)), Counter(between_gpus(traffic.bytes))))
+        return torch.zeros(len(inputs["input_ids"]), dtype=torch.bool, device=inputs["input_ids"].device)
+
+    with torch.no_grad():
+        model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            stopping_criteria=StoppingCriteriaList([note]),
+        )
+    (copies_before, bytes_before), (copies, sizes) = seen[-2:]
+    return dict(copies - copies_before), dict(sizes - bytes_before)
+
+
+@pytest.mark.parametrize("order", ["01", "0123", "011000"], ids=lambda order: "-".join(order))
+@pytest.mark.parametrize("is_padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "gptj", "gpt-neox", "opt", "mixtral", "mistral-sliding"])
+def test_a_step_in_graph_mode_moves_no_mask_and_nothing_that_nobody_reads(
+    devices: support.Devices, family: str, order: str, is_padded: bool
+) -> None:
+    inputs = support.prompts()
+    if not is_padded:
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    plain = models.build(support.family_or_skip(family))
+    cache = prefill(plain, inputs)
+    positions = inputs["attention_mask"].cumsum(-1)[:, -1:] - 1
+    given = {"position_ids": positions} if "position_ids" in inspect.signature(plain.forward).parameters else {}
+    expected = Inputs(plain, list(models.block_names(plain)), lambda: decode_step(plain, inputs, cache, **given))
+    rotary = {key: tensor for key, tensor in expected.shared.items() if tensor.is_floating_point() and tensor.dim() < 4}
+    expected.shared = {**rotary, **({id(positions): positions} if family in READ_POSITIONS else {})}
+    places = [devices(int(max(order)) + 1)[int(digit)] for digit in order]
+    model = models.build(family)
+    device_map = models.device_map(model, places)
+    owners = [str(device_map[name]) for name in models.block_names(model)]
+    model = support.spread(model, places, device_map=device_map)
+    sharding = shard(model)
+    sharding.mode = "graph"
+
+    with devices.traffic() as traffic:
+        copies, sizes = last_token(model, {name: tensor.to(places[0]) for name, tensor in inputs.items()}, traffic)
+
+    if sharding.reason_for_eager:
+        pytest.skip(sharding.reason_for_eager)
+    head = str(model.get_output_embeddings().weight.device)
+    assert (copies, sizes) == tuple(map(dict, expected.expected(owners, places[0], head)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_in_graph_mode_moves_less_than_accelerates(devices: support.Devices, family: str) -> None:
+    places = devices(2)
+    model = support.spread(models.build(support.family_or_skip(family)), places)
+    inputs = {name: tensor.to(places[0]) for name, tensor in support.prompts().items()}
+    with devices.traffic() as traffic:
+        theirs = last_token(model, inputs, traffic)
+    sharding = shard(model)
+    sharding.mode = "graph"
+    with devices.traffic() as traffic:
+        ours = last_token(model, inputs, traffic)
+    if sharding.reason_for_eager:
+        pytest.skip(sharding.reason_for_eager)
+    assert all(sum(mine.values()) < sum(its.values()) for mine, its in zip(ours, theirs, strict=True))
 
 
 def test_a_decode_step_of_an_encoder_decoder_model_moves_the_encoders_output_once_too(devices: support.Devices) -> None:

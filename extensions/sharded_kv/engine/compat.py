@@ -72,6 +72,16 @@ def cache_preparing_method(of: type) -> str:
     return next((name for name in names if has_cache_objects() and hasattr(of, name)), "")
 
 
+def mask_growing_method(of: type) -> str:
+    """The method of a model by which generate() puts a one behind its attention mask; "" where it is not transformers'
+    own, which does nothing else to it.
+    """
+    name = "_update_model_kwargs_for_generation"
+    owner = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    own = getattr(owner, name, None)
+    return name if has_cache_objects() and own is not None and getattr(of, name, None) is own else ""
+
+
 def empty_dynamic_cache(model: nn.Module) -> Any:
     """A DynamicCache as generate() would make it for the model; since transformers 4.56 its config says of which kinds
     its layers are.

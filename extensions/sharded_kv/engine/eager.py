@@ -13,7 +13,7 @@ import inspect
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -219,10 +219,20 @@ class Runtime:
                 return self._renewed(patches, container, hooked)(*args, **kwargs)
         raise AssertionError("the last try returns or raises")
 
-    def _run_eager(self, container: Container, inner: Forward, args: Any, kwargs: Any, counter: TrafficCounter) -> Any:
-        """Run a forward of the model block by block."""
+    def _run_eager(
+        self,
+        container: Container,
+        inner: Forward,
+        args: Any,
+        kwargs: Any,
+        counter: TrafficCounter,
+        copies: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Any:
+        """Run a forward of the model block by block. Of `copies` the second of a pair is a copy of the first."""
         thread = self.thread
         outer, state = thread.state, ForwardState(container, counter)
+        for tensor, copy in copies:
+            state.remember(tensor, copy)
         thread.state = state
         try:
             return self._run_within(state, container, inner, args, kwargs)

@@ -110,6 +110,10 @@ def _patches(module: Any, name: str, runtime: Runtime, meter: Meter) -> Iterator
     if method:
         prepare = getattr(module, method)
         yield Patch(module, method, wrap_like(_prepare_cache, runtime, name, prepare, like=prepare))
+    method = compat.mask_growing_method(type(module))
+    if method:
+        grow = getattr(module, method)
+        yield Patch(module, method, wrap_like(_grow_mask, grow, like=grow))
 
 
 def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +135,20 @@ def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, 
         except Exception as error:  # the reply goes on with generate()'s own
             runtime.note_failure(error)
     return prepared
+
+
+def _grow_mask(grow: Callable[..., Any], /, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Have generate() put ones behind its attention mask, and tell the graphs, which need not have it again.
+
+    Args:
+        grow: generate()'s own method.
+    """
+    before = model_kwargs.get("attention_mask")
+    grown = grow(outputs, model_kwargs, *args, **kwargs)
+    cache, after = grown.get(CACHE_NAME), grown.get("attention_mask")
+    if compat.is_own_cache(cache) and cache.graphs is not None and before is not None and after is not before:
+        cache.graphs.watch.note_growth(before, after)
+    return grown
 
 
 def _run_reply(thread: ThisThread, meter: Meter, generate: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -278,7 +278,7 @@ class ForwardState:
         if isinstance(output, Tensor):
             moved: Tensor = self.move(output, device)
             if moved is not output:
-                self._remember(moved, output.device, output)
+                self.remember(moved, output)
             return moved
         if type(output) is tuple:
             return tuple([self.move_home(item, device, keep) for item in output])
@@ -292,7 +292,7 @@ class ForwardState:
         # Between two GPUs a copy is ordered by streams alone; only a copy to or from the host has to be waited for.
         copy = tensor.to(device, non_blocking=tensor.device.type == device.type)
         self._counter.add(tensor.device, device, tensor.numel() * tensor.element_size())
-        self._remember(tensor, device, copy)
+        self.remember(tensor, copy)
         return copy
 
     def _is_good(self, known: _Copy) -> bool:
@@ -313,8 +313,9 @@ class ForwardState:
             and (not source.requires_grad or copy.requires_grad or not torch.is_grad_enabled())
         )
 
-    def _remember(self, tensor: Tensor, device: torch.device, copy: Tensor) -> None:
-        key = (id(tensor), device)
+    def remember(self, tensor: Tensor, copy: Tensor) -> None:
+        """Take `copy` for a copy of `tensor` from now on, as long as neither is changed."""
+        key = (id(tensor), copy.device)
         # The record ends with its source, before the id can be another tensor's.
         source = weakref.ref(tensor, functools.partial(self._memo.pop, key))  # the weak reference is the default
         version = None if tensor.is_inference() else tensor._version

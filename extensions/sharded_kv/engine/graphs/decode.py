@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from .trace import CannotCapture, OpTrace, hooks_that_run, module_tensors
 # by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
 _TOLERANCE = 0.05
 
-# Runs the model's forward block by block with keyword arguments, and counts what crosses with the counter given.
-Run = Callable[[Mapping[str, Any], TrafficCounter], Any]
+# Runs the model's forward block by block with keyword arguments, and counts what crosses with the counter given. Of
+# pairs of tensors it takes the second for a copy of the first.
+Run = Callable[[Mapping[str, Any], TrafficCounter, Sequence[tuple[Tensor, Tensor]]], Any]
 
 
 class State(enum.Enum):
@@ -40,13 +41,15 @@ class DecodeGraph:
 
     Args:
         step: the first of its kind.
-        widths: for how many tokens the mask of each kind of layers is.
-        dtype: of the cache.
+        masks: of each kind of layers a mask, [batch, 1, 1, width], on the main device and on those of the layers.
         of_devices: where the model is.
     """
 
     def __init__(
-        self, step: DecodeStep, widths: Mapping[str, int], dtype: torch.dtype, of_devices: tuple[torch.device, ...]
+        self,
+        step: DecodeStep,
+        masks: Mapping[str, Mapping[torch.device, Tensor]],
+        of_devices: tuple[torch.device, ...],
     ) -> None:
         self._state = State.COLD
         self._devices = of_devices
@@ -56,25 +59,13 @@ class DecodeGraph:
         self._fingerprint: Fingerprint | None = None  # of the model, when it was traced or the graphs were verified
         self._captured: CapturedStep | None = None
         self._output: Any = None
-        ids = step.tensors["input_ids"]
+        main_device = step.tensors["input_ids"].device
+        self._masks = {kind: each[main_device] for kind, each in masks.items()}
+        self._copies = [(self._masks[kind], mask) for kind, each in masks.items() for mask in each.values()]
         with torch.inference_mode(False):
             self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
-            self._masks = {
-                kind: torch.zeros(ids.shape[0], width, dtype=torch.int64, device=ids.device)
-                for kind, width in widths.items()
-            }
-            # What a masked token's score is changed by; the other tokens' by 0.
-            self._masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
-            self._counted = torch.zeros((), dtype=dtype, device=ids.device)
 
-    def run(
-        self,
-        step: DecodeStep,
-        places: Mapping[str, tuple[int, int]],
-        run: Run,
-        run_plainly: Run,
-        counter: TrafficCounter,
-    ) -> Any:
+    def run(self, step: DecodeStep, run: Run, run_plainly: Run, counter: TrafficCounter) -> Any:
         """The step's output.
 
         Args:
@@ -87,12 +78,6 @@ class DecodeGraph:
         """
         for name, tensor in step.tensors.items():
             self._tensors[name].copy_(tensor)
-        for kind, (begin, count) in places.items():
-            mask = self._masks[kind].zero_()
-            if step.mask is None:
-                mask[:, begin : begin + count] = 1
-            else:
-                mask[:, begin : begin + count].copy_(step.mask[:, -count:])
         if self._fingerprint is not None and not self._fingerprint.holds():
             self.distrust()
         if self._state is State.VERIFIED:
@@ -130,13 +115,14 @@ class DecodeGraph:
 
     def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
         with _plain_mode():
-            masks = {
-                kind: torch.where(mask[:, None, None, :] != 0, self._counted, self._masked)
-                for kind, mask in self._masks.items()
-            }
             # Models whose layers are of several kinds take a mask for each, by transformers' names of the kinds.
-            mask = masks if len(masks) > 1 else next(iter(masks.values()))
-            return run({**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}, counter)
+            mask = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
+            arguments = {**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}
+            before = [mask._version for _, mask in self._copies]
+            output = run(arguments, counter, self._copies)
+            if [mask._version for _, mask in self._copies] != before:
+                raise CannotCapture("Its forward writes over its attention mask.")
+            return output
 
     def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter, before: Any) -> Any:
         if len(self._changed) > 1:  # one may have made what the next ones only read
@@ -159,7 +145,7 @@ class DecodeGraph:
         """Raise an error if the model, left to itself, has the token in another place than we say."""
         after = step.cache.mark()
         step.cache.go_back_to(before)
-        own = run_plainly(step.given or {}, TrafficCounter())
+        own = run_plainly(step.given or {}, TrafficCounter(), ())
         if _are_apart(output, own):
             raise CannotCapture("Without position_ids the model has its tokens in places of its own: pass them.")
         step.cache.go_back_to(after)

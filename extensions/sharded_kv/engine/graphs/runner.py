@@ -16,12 +16,12 @@ import logging
 import sys
 import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import text
 from ..patches import Wrapped
@@ -32,6 +32,7 @@ from .attention import over_buffers
 from .decode import DecodeGraph, Run
 from .eligible import DecodeStep, NotEligible
 from .fingerprint import Fingerprint
+from .kinds import LayerKind, MaskWatch
 from .trace import CannotCapture
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class GraphRunner:
         """
         graphs: CacheGraphs | None = step.cache.graphs
         if graphs is None or graphs.runner() is not self or not graphs.are_on(step.cache):
-            graphs = self._new_graphs(step.cache)
+            graphs = self._new_graphs(step)
         if graphs.refusal is None:
             if self._refusals and self._refused != Fingerprint(step.model):
                 self._refusals = {}
@@ -194,31 +195,13 @@ class GraphRunner:
             step.cache.make_room()
         return self._graphs_for(step)
 
-    def _new_graphs(self, cache: Any) -> CacheGraphs:
+    def _new_graphs(self, step: DecodeStep) -> CacheGraphs:
+        cache = step.cache
         if cache.graphs is not None:
             cache.graphs.let_go()
-        cache.graphs = graphs = CacheGraphs(self, cache, self._devices)
+        cache.graphs = graphs = CacheGraphs(self, cache, step.tensors["input_ids"].device, self._devices)
         self._living.add(graphs)
         return graphs
-
-
-class _Kind:
-    """The layers of a cache that keep the same tokens: all of them, or those of a window.
-
-    Attributes:
-        width: for how many tokens they all have room.
-        positions: of each device, [1], where its layers write the next token that is captured.
-        place: where in the buffers the tokens begin that are there, and how many they are.
-    """
-
-    def __init__(self, layers: list[Any]) -> None:
-        self.width: int = min(buffer.capacity for layer in layers for buffer in layer.buffers)
-        self.place = (0, 0)
-        with torch.inference_mode(False):
-            self.positions = {
-                device: torch.zeros(1, dtype=torch.int64, device=device)
-                for device in {layer.device for layer in layers}
-            }
 
 
 class CacheGraphs:
@@ -229,16 +212,20 @@ class CacheGraphs:
         tensors: the buffers.
         refusal: what speaks against graphs for this cache; "" if nothing does, None if nobody has asked yet.
         window: how many tokens the reply may have; None for any number.
+        watch: of the masks of the cache's reply.
     """
 
-    def __init__(self, runner: GraphRunner, cache: Any, of_devices: tuple[torch.device, ...]) -> None:
+    def __init__(
+        self, runner: GraphRunner, cache: Any, main_device: torch.device, of_devices: tuple[torch.device, ...]
+    ) -> None:
         self.runner = weakref.ref(runner)
         self.tensors = cache.tensors()
         self.refusal: str | None = None
         self.window: int | None = None
         self._devices = of_devices
+        self.watch = MaskWatch()
         self._steps: dict[Any, DecodeGraph] = {}
-        self._kinds = {name: _Kind(layers) for name, layers in cache.kinds().items()}
+        self._kinds = {name: LayerKind(layers, main_device) for name, layers in cache.kinds().items()}
         cache.room.let_go = self.let_go  # when the cache makes other buffers
 
     def are_on(self, cache: Any) -> bool:
@@ -286,25 +273,31 @@ class CacheGraphs:
         if graph is None:
             while len(self._steps) >= _MOST_KINDS:  # the oldest goes: somebody calls the model with ever new values
                 self._steps.pop(next(iter(self._steps))).free()
-            widths = {name: kind.width for name, kind in self._kinds.items()}
-            graph = self._steps[step.graph_key] = DecodeGraph(step, widths, self.tensors[0].dtype, self._devices)
-        places = {name: (kind.place[0], kind.place[1] + 1) for name, kind in self._kinds.items()}
+            masks = {name: kind.masks for name, kind in self._kinds.items()}
+            graph = self._steps[step.graph_key] = DecodeGraph(step, masks, self._devices)
+        is_one_longer = self.watch.is_one_longer(step.mask)
         for kind in self._kinds.values():
-            for position in kind.positions.values():
-                position.fill_(sum(kind.place))
-        output = graph.run(step, places, functools.partial(self._run_on_buffers, step, run), run, counter)
+            kind.begin_step(step.mask, is_one_longer, counter)
+        output = graph.run(step, functools.partial(self._run_on_buffers, step, run), run, counter)
         for layer in step.cache.own_layers:
             layer.advance()
         return output
 
-    def _run_on_buffers(self, step: DecodeStep, run: Run, arguments: Mapping[str, Any], counter: TrafficCounter) -> Any:
+    def _run_on_buffers(
+        self,
+        step: DecodeStep,
+        run: Run,
+        arguments: Mapping[str, Any],
+        counter: TrafficCounter,
+        copies: Sequence[tuple[Tensor, Tensor]],
+    ) -> Any:
         """Run the model's forward; each layer writes where its device's position says, and shows all of its buffers."""
         try:
             for layer in step.cache.own_layers:
                 kind = self._kinds[layer.kind]
                 layer.position, layer.width = kind.positions[layer.device], kind.width
             with over_buffers():
-                return run(arguments, counter)
+                return run(arguments, counter, copies)
         finally:
             for layer in step.cache.own_layers:
                 layer.position = None
