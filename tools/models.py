@@ -86,6 +86,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("mistral-sliding", "mistral", {**_GATED, **_GROUPED, **_WINDOW}),
         Family("mixtral", "mixtral", {**_GATED, **_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
         Family("gemma2", "gemma2", {**_GATED, **_GROUPED, **_WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16}),
+        Family("gemma3", "gemma3_text", {**_GATED, **_GROUPED, **_WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16}),
         Family(
             "t5",
             "t5",
@@ -117,7 +118,8 @@ _TINY = {
     "use_cache": True,
 }
 
-# The shapes of the published config.json files of LLaMA-7B and -13B, GPT-J-6B and Llama-2-70B.
+# The shapes of the published config.json files of LLaMA-7B and -13B, Llama-3-8B, GPT-J-6B, Llama-2-70B and of the text
+# part of Gemma-3-12B.
 _REAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-7b": (
         "llama",
@@ -164,6 +166,21 @@ _REAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "max_position_embeddings": 2048,
             "bos_token_id": 50256,
             "eos_token_id": 50256,
+        },
+    ),
+    "gemma-3-12b": (
+        "gemma3",
+        {
+            "vocab_size": 262208,
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "max_position_embeddings": 131072,
         },
     ),
     "llama-70b-shape": (

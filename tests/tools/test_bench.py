@@ -343,6 +343,18 @@ class TestARun:
         assert floor["bytes_per_token"] == 4 * (weights + 2 * layers * SETTING.context * hidden)
         assert floor["seconds_per_token"] == round(floor["bytes_per_token"] / 1e9, 6)
 
+    def test_the_floor_counts_of_a_window_no_more_than_is_kept(self):
+        if not models.available("gemma3"):
+            pytest.skip("this stack has no gemma3")
+        model = models.build("gemma3")
+        embedding = model.get_input_embeddings().weight
+        weights = sum(weight.numel() for weight in model.parameters())
+        heads, size, window = 2, 16, model.config.sliding_window
+        assert model.lm_head.weight is embedding
+        cache = 2 * heads * size * (5 * window + SETTING.context)
+        floor = bandwidth.bandwidth_floor(SETTING, model.config, model, 1e9)
+        assert floor["bytes_per_token"] == 4 * (weights + cache)
+
 
 KINDS = [name for name, kind in quantized.KINDS.items() if any(map(importlib.util.find_spec, kind.libraries))]
 

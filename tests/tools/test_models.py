@@ -22,7 +22,14 @@ every_family = pytest.mark.parametrize(
 )
 every_available_size = pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama-7b", 6.74), ("llama-13b", 13.02), ("llama-3-8b", 8.03), ("gptj-6b", 6.05), ("llama-70b-shape", 68.98)],
+    [
+        ("llama-7b", 6.74),
+        ("llama-13b", 13.02),
+        ("llama-3-8b", 8.03),
+        ("gptj-6b", 6.05),
+        ("gemma-3-12b", 11.77),  # without what reads pictures
+        ("llama-70b-shape", 68.98),
+    ],
 )
 
 
@@ -202,8 +209,9 @@ class TestSpreading:
 class TestRealSizes:
     @every_available_size
     def test_a_real_config_has_the_published_number_of_parameters(self, name, billions):
-        if name in ("llama-3-8b", "llama-70b-shape") and not models.available("llama-gqa"):
-            pytest.skip("this stack has no grouped-query LLaMA")
+        family = {"llama-3-8b": "llama-gqa", "llama-70b-shape": "llama-gqa", "gemma-3-12b": "gemma3"}.get(name, "llama")
+        if not models.available(family):
+            pytest.skip(f"this stack has no {family}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(models.real_config(name))
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
