@@ -1,6 +1,7 @@
 """Which steps may be graphs, and for the others why not: every such sentence is here.
 
-A step is eligible if it is one new token of a reply on a KVCache, and asks for nothing that a replay would not give.
+A step is eligible if it is one new token of a reply on a KVCache, or a few at once, and asks for nothing that a replay
+would not give.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ..transfers import is_plain
 from .trace import CannotCapture
 
 _ATTENTION = ("sdpa", "eager")  # these take any mask that is added to the scores
+# Of a step: what prompt lookup and assisted generation have verified at once.
+MOST_TOKENS = 32
 
 
 class NotEligible(Exception):
@@ -32,7 +35,8 @@ class DecodeStep:
         model: what was called.
         cache: the reply's KVCache.
         length: how many tokens it holds.
-        mask: [batch, length + 1], which of them count, or None for all.
+        tokens: how many are new.
+        mask: [batch, length + tokens], which of them count, or None for all.
         tensors: the other arguments that are tensors, on the main device.
         plain: the other arguments.
         graph_key: what two steps have in common that share a graph.
@@ -42,6 +46,7 @@ class DecodeStep:
     model: nn.Module
     cache: Any
     length: int
+    tokens: int
     mask: Tensor | None
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
@@ -95,8 +100,10 @@ class Rules:
             raise NotEligible  # a prompt
         if reason := _against_call(model, named, cache, ids, self._main_device):
             raise NotEligible(reason)
-        length = cache.get_seq_length()
-        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (ids.shape[0], length + 1)):
+        length, (batch, tokens) = cache.get_seq_length(), ids.shape
+        if tokens > 1 and cache.states():
+            raise NotEligible(f"{tokens} tokens came at once, which recurrent layers read in another way than one.")
+        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length + tokens)):
             raise NotEligible("Its attention mask is not the usual one, of a number for each token.")
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
@@ -115,14 +122,14 @@ class Rules:
             raise NotEligible("The model was called with an attention mask and no position_ids.")
         # What the model would make of Python's numbers, which differ from step to step, it gets as tensors.
         given = None
-        for name, shape in (("position_ids", (ids.shape[0], 1)), ("cache_position", (1,))):
+        for name, shape in (("position_ids", (batch, tokens)), ("cache_position", (tokens,))):
             if name in self._names and name not in tensors:
                 plain.pop(name, None)
                 given = named
-                tensors[name] = torch.full(shape, length, dtype=torch.int64, device=ids.device)
+                tensors[name] = torch.arange(length, length + tokens, device=ids.device).expand(shape)
         shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
         graph_key = (*shapes, *[(name, repr(value)) for name, value in sorted(plain.items())])
-        return DecodeStep(model, cache, length, mask, tensors, plain, graph_key, given)
+        return DecodeStep(model, cache, length, tokens, mask, tensors, plain, graph_key, given)
 
 
 def _against_call(
@@ -133,8 +140,8 @@ def _against_call(
         return "This version of transformers keeps this model's cache in tuples: graph mode needs a newer one."
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return "The model was called with something else than token ids."
-    if ids.shape[1] != 1:
-        return f"{ids.shape[1]} tokens came at once (prompt lookup, assisted generation)."
+    if ids.shape[1] > MOST_TOKENS:
+        return f"{ids.shape[1]} tokens came at once."
     if ids.device != main_device:
         return f"The token ids are on {ids.device}, the model begins on {main_device}."
     if torch.is_grad_enabled() or model.training:
@@ -181,6 +188,7 @@ def past_window(window: int) -> str:
     return f"The reply is longer than the model's sliding window of {window} tokens."
 
 
+SELDOM = "Several tokens came at once (prompt lookup, assisted generation), so many for the first or second time."
 NO_ROOM = "There is no room for a static cache and its graphs beside what is in memory."
 UNEVEN = "The layers of its cache hold different numbers of tokens."
 NOTHING_GENERATES = "The model has no generate() of transformers' kind, so it has no decode steps."

@@ -1,4 +1,4 @@
-"""The layers of a cache by what they keep: where a captured step writes its token, and to which tokens it attends."""
+"""The layers of a cache by what they keep: where a captured step writes its tokens, and to which these attend."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from ..transfers import TrafficCounter
 class LayerKind:
     """The layers of a cache that keep the same tokens: all of them, or those of a window.
 
-    Each of their devices has a mask of its own, which stays there: a step only adds its token to it.
-
     Args:
         layers: they hold something.
         main_device: where the model's inputs are.
@@ -23,55 +21,100 @@ class LayerKind:
     Attributes:
         width: for how many tokens they all have room.
         place: where in the buffers the tokens begin that are there, and how many they are.
-        positions: on each device of theirs, [1], where they write the token of a captured step.
-        masks: on the same devices, and on the main device, [batch, 1, 1, width], what is added to a token's score.
     """
 
     def __init__(self, layers: list[Any], main_device: torch.device) -> None:
         buffers = [buffer for layer in layers for buffer in layer.buffers]
         self.width: int = min(buffer.capacity for buffer in buffers)
         self.place = (0, 0)
-        self._attended = (0, 0)  # the place in the masks
-        self._main_device = main_device
-        batch, dtype = buffers[0].tensor.shape[0], buffers[0].tensor.dtype
-        self._masked = torch.finfo(dtype).min
-        devices = dict.fromkeys(layer.device for layer in layers)
-        with torch.inference_mode(False):
-            self.positions = {device: torch.zeros(1, dtype=torch.int64, device=device) for device in devices}
-            self.masks = {
-                device: torch.zeros(batch, 1, 1, self.width, dtype=dtype, device=device)
-                for device in (main_device, *devices)
-            }
+        self._window: int | None = getattr(layers[0], "sliding_window", None)
+        self._devices = tuple(dict.fromkeys((main_device, *(layer.device for layer in layers))))
+        self._like = buffers[0].tensor
+        self._steps: dict[int, StepPlaces] = {}
 
-    def begin_step(self, mask: Tensor | None, is_one_longer: bool, counter: TrafficCounter) -> None:
-        """Have the layers write the next token behind the others, and attend to all of them.
+    def of_step(self, tokens: int) -> StepPlaces:
+        """Where a step of so many new tokens writes, and what it attends to."""
+        if tokens not in self._steps:
+            batch, dtype = self._like.shape[0], self._like.dtype
+            self._steps[tokens] = StepPlaces(batch, tokens, self.width, dtype, self._devices, self._window)
+        return self._steps[tokens]
+
+
+class StepPlaces:
+    """Where the layers of a kind write the new tokens of a captured step, and to which tokens these attend.
+
+    Each device has positions and a mask of its own, which stay there.
+
+    Args:
+        batch, tokens, width, dtype: of the masks; see below.
+        devices: where the layers are, and first where the model's inputs are.
+        window: how many tokens one token attends to, itself included; None for all.
+
+    Attributes:
+        positions: on each device, [tokens], where in the buffers they are written.
+        masks: on each device, [batch, 1, tokens, width], what is added to a token's score.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        tokens: int,
+        width: int,
+        dtype: torch.dtype,
+        devices: tuple[torch.device, ...],
+        window: int | None,
+    ) -> None:
+        self._tokens, self._window, self._masked = tokens, window or width, torch.finfo(dtype).min
+        self._attended = (0, 0)  # from where to where the masks are, of one new token
+        with torch.inference_mode(False):
+            self.positions = {device: torch.zeros(tokens, dtype=torch.int64, device=device) for device in devices}
+            self.masks = {
+                device: torch.zeros(batch, 1, tokens, width, dtype=dtype, device=device) for device in devices
+            }
+            # Which tokens one attends to where all count: those up to its own place, and none before its window.
+            self._places = {device: torch.arange(width, device=device) for device in devices if tokens > 1}
+            self._offsets = {device: torch.arange(tokens, device=device)[:, None] for device in self._places}
+
+    def begin(self, place: tuple[int, int], mask: Tensor | None, is_one_longer: bool, counter: TrafficCounter) -> None:
+        """Have the layers write the new tokens behind the others, and attend to all of them.
 
         Args:
+            place: of the tokens that are there: where they begin, and how many they are.
             mask: [batch, tokens], which of all tokens of the reply count; None for all.
             is_one_longer: it is the mask of the step before, and a one behind it.
             counter: counts what crosses.
         """
-        begin, end = self.place[0], sum(self.place) + 1
-        for position in self.positions.values():
-            position.fill_(end - 1)
+        begin, new = place[0], sum(place)
+        end = new + self._tokens
+        for device, positions in self.positions.items():
+            positions.fill_(new) if self._tokens == 1 else torch.add(self._offsets[device][:, 0], new, out=positions)
         (first, last), self._attended = self._attended, (0, 0)
-        if is_one_longer and first <= begin and last + 1 == end:
+        if is_one_longer and first <= begin and last + 1 == end and self._tokens == 1:
             for each in self.masks.values():
                 if first < begin:  # what a window has lost
                     each[..., first:begin].fill_(self._masked)
                 each[..., last].fill_(0)
         elif mask is None:
-            for each in self.masks.values():
-                each.fill_(self._masked)[..., begin:end].fill_(0)
+            for device in self.masks:
+                self._show(device, begin, end)
         else:
-            main = self.masks[self._main_device].fill_(self._masked)
-            counts = (mask[:, begin - end :] != 0).to(main.device)
-            main[:, 0, 0, begin:end].masked_fill_(counts, 0)
-            for device, each in self.masks.items():
-                if device != self._main_device:
-                    each.copy_(main, non_blocking=True)
-                    counter.add(self._main_device, device, each.numel() * each.element_size())
+            main_device, *others = self.masks
+            main = self._show(main_device, begin, end)
+            hidden = (mask[:, begin - end :] == 0).to(main.device)
+            main[:, :, :, begin:end].masked_fill_(hidden[:, None, None], self._masked)
+            for device in others:
+                self.masks[device].copy_(main, non_blocking=True)
+                counter.add(main_device, device, main.numel() * main.element_size())
         self._attended = (begin, end)
+
+    def _show(self, device: torch.device, begin: int, end: int) -> Tensor:
+        """Have all tokens of these places count, each for those that come after it."""
+        mask = self.masks[device].fill_(self._masked)
+        if self._tokens == 1:
+            mask[..., begin:end].fill_(0)
+            return mask
+        places, own = self._places[device], self._offsets[device] + (end - self._tokens)
+        return mask.masked_fill_((places >= begin) & (places <= own) & (places > own - self._window), 0)
 
 
 class MaskWatch:

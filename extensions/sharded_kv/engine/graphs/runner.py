@@ -16,6 +16,7 @@ import logging
 import sys
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -39,8 +40,13 @@ logger = logging.getLogger(__name__)
 
 # Room for tokens comes in such steps, so that the next reply finds graphs that suit.
 ROOM_STEP = 256
-# How many kinds of steps keep their graphs at once: usually a model is called in one way, or two.
-_MOST_KINDS = 4
+# How many kinds of steps keep their graphs at once: usually a model is called in one way, or two. Each number of tokens
+# is a kind.
+_MOST_KINDS = 8
+# Steps of several tokens are captured when they come so often, for each number of them is seldom alone. A capture takes
+# as long as some steps.
+_OFTEN = 3
+_MOST_COUNTED = 256
 _steps = itertools.count(1)
 
 
@@ -166,7 +172,7 @@ class GraphRunner:
         return reason
 
     def _graphs_for(self, step: DecodeStep) -> CacheGraphs:
-        """The graphs of the step's cache, which has room for a token.
+        """The graphs of the step's cache, which has room for its tokens.
 
         Raises:
             NotEligible: the step or the cache cannot be used in graphs, or there is no memory for room.
@@ -183,16 +189,16 @@ class GraphRunner:
             raise NotEligible(reason)
         if step.cache.room.is_tight:
             raise NotEligible(eligible.NO_ROOM)
-        if graphs.window is not None and step.length + 1 > graphs.window:
+        if graphs.window is not None and step.length + step.tokens > graphs.window:
             raise NotEligible(eligible.past_window(graphs.window))
         if not graphs.are_level(step.cache):
             if not step.cache.level():
                 raise NotEligible(eligible.UNEVEN)
-        elif graphs.have_room(step.cache):
+        elif graphs.have_room(step.cache, step.tokens):
             return graphs
         else:
             graphs.let_go()  # or old buffers would be there beside the new ones
-            step.cache.make_room()
+            step.cache.make_room(step.tokens)
         return self._graphs_for(step)
 
     def _new_graphs(self, step: DecodeStep) -> CacheGraphs:
@@ -225,6 +231,7 @@ class CacheGraphs:
         self._devices = of_devices
         self.watch = MaskWatch()
         self._steps: dict[Any, DecodeGraph] = {}
+        self._came: Counter[Any] = Counter()  # how often each kind of step that has no graphs
         self._kinds = {name: LayerKind(layers, main_device) for name, layers in cache.kinds().items()}
         cache.room.let_go = self.let_go  # when the cache makes other buffers
 
@@ -242,11 +249,11 @@ class CacheGraphs:
             self._kinds[name].place = tuple(place)
         return len(places) == len(self._kinds)
 
-    def have_room(self, cache: Any) -> bool:
-        """Whether one token more fits into the same buffers, in which a window may have to move to the front."""
-        full = [kind for kind in self._kinds.values() if sum(kind.place) >= kind.width]
-        if full and all(kind.place[1] < kind.width for kind in full):
-            cache.make_room()
+    def have_room(self, cache: Any, tokens: int) -> bool:
+        """Whether so many more fit into the same buffers, in which a window may have to move to the front."""
+        full = [kind for kind in self._kinds.values() if sum(kind.place) + tokens > kind.width]
+        if full and all(kind.place[1] + tokens <= kind.width for kind in full):
+            cache.make_room(tokens)
             return self.are_on(cache) and self.are_level(cache)
         return not full
 
@@ -271,17 +278,28 @@ class CacheGraphs:
         """Run one step on the buffers."""
         graph = self._steps.get(step.graph_key)
         if graph is None:
+            self._count(step)
+        places = {name: kind.of_step(step.tokens) for name, kind in self._kinds.items()}
+        if graph is None:
             while len(self._steps) >= _MOST_KINDS:  # the oldest goes: somebody calls the model with ever new values
                 self._steps.pop(next(iter(self._steps))).free()
-            masks = {name: kind.masks for name, kind in self._kinds.items()}
+            masks = {name: each.masks for name, each in places.items()}
             graph = self._steps[step.graph_key] = DecodeGraph(step, masks, self._devices)
         is_one_longer = self.watch.is_one_longer(step.mask)
-        for kind in self._kinds.values():
-            kind.begin_step(step.mask, is_one_longer, counter)
+        for name, kind in self._kinds.items():
+            places[name].begin(kind.place, step.mask, is_one_longer, counter)
         output = graph.run(step, functools.partial(self._run_on_buffers, step, run), run, counter)
         for layer in step.cache.own_layers:
-            layer.advance()
+            layer.advance(step.tokens)
         return output
+
+    def _count(self, step: DecodeStep) -> None:
+        """Raise an error unless steps of this kind have come often enough to be worth a capture."""
+        self._came[step.graph_key] += 1
+        if step.tokens > 1 and self._came[step.graph_key] < _OFTEN:
+            raise NotEligible(eligible.SELDOM)
+        if len(self._came) > _MOST_COUNTED:
+            self._came.clear()
 
     def _run_on_buffers(
         self,
@@ -291,11 +309,11 @@ class CacheGraphs:
         counter: TrafficCounter,
         copies: Sequence[tuple[Tensor, Tensor]],
     ) -> Any:
-        """Run the model's forward; each layer writes where its device's position says, and shows all of its buffers."""
+        """Run the model's forward; each layer writes where its device's positions say, and shows all of its buffers."""
         try:
             for layer in step.cache.own_layers:
                 kind = self._kinds[layer.kind]
-                layer.position, layer.width = kind.positions[layer.device], kind.width
+                layer.position, layer.width = kind.of_step(step.tokens).positions[layer.device], kind.width
             with over_buffers():
                 return run(arguments, counter, copies)
         finally:

@@ -253,10 +253,10 @@ class KVCache(_Base):  # type: ignore[misc]
         if self.graphs is not None:  # the model may have changed since
             self.graphs.distrust()
 
-    def make_room(self) -> None:
-        """Have one token more fit into all buffers, and what else there shall be room for."""
+    def make_room(self, tokens: int) -> None:
+        """Have so many more tokens fit into all buffers, and what else there shall be room for."""
         for buffer in self.buffers():
-            buffer.make_room(1)
+            buffer.make_room(tokens)
 
     def give_room_back(self, length: int | None) -> bool:
         """Memory has run out in a step: forget what it has written, and have no room ahead from now on.

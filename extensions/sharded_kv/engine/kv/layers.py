@@ -94,8 +94,8 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
     Attributes:
         kind: what it keeps, as the config's `layer_types` has it.
         room: how much room its buffers get.
-        position: [1], where a step writes its token that is captured in a graph; None outside of one. Such a step is
-            shown all of the buffers: what is not filled is for the mask to hide.
+        position: [new tokens], where a step writes them that is captured in a graph; None outside of one. Such a step
+            is shown all of the buffers: what is not filled is for the mask to hide.
         width: how much of the buffers such a step is shown, in tokens.
         is_read_by_host: whoever reads `keys` and `values` now will not keep them.
     """
@@ -189,10 +189,10 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
             buffer.tensor.index_copy_(2, position, new)
         return self._keys.tensor.narrow(2, 0, self.width), self._values.tensor.narrow(2, 0, self.width)
 
-    def advance(self) -> None:
-        """Count the token that a captured step has written."""
-        self._keys.length += 1
-        self._values.length += 1
+    def advance(self, tokens: int) -> None:
+        """Count the tokens that a captured step has written."""
+        self._keys.length += tokens
+        self._values.length += tokens
 
     def count(self) -> tuple[int, ...]:
         """How many tokens it has, and where they begin."""
@@ -300,10 +300,10 @@ class SlidingLayer(FullLayer, _Sliding):  # type: ignore[misc]
             seen if self._keys.length == key_states.shape[2] else (key_states.contiguous(), value_states.contiguous())
         )
 
-    def advance(self) -> None:
-        """Count the token that a captured step has written."""
-        super().advance()
-        self._keep_window(1)
+    def advance(self, tokens: int) -> None:
+        """Count the tokens that a captured step has written."""
+        super().advance(tokens)
+        self._keep_window(tokens)
 
     def count(self) -> tuple[int, ...]:
         """How many tokens it has, where they begin, and how many it has seen."""
