@@ -85,12 +85,13 @@ class Runtime:
         """Whether the model runs by our forwards."""
         return self.patches is not None
 
-    def own_cache(self, cache: Any, name: str) -> Any:
+    def own_cache(self, cache: Any, name: str, made_by: str) -> Any:
         """A KVCache in place of the DynamicCache that generate() or a forward has just made; another kind as it is.
 
         Args:
             cache: what was made.
             name: of the container that it was made for.
+            made_by: "generate" or "forward".
         """
         own = compat.own_cache_class()
         if not own.can_replace(cache):
@@ -101,7 +102,9 @@ class Runtime:
         room = Room(None if reply is None else reply.longest)
         ours = own.in_place_of(cache, room)
         if runner is not None:
-            ours.graphs = runner.offer_spare(room)
+            ours.graphs = runner.offer_spare(room, made_by)
+            if ours.graphs is not None and ours.length:  # a forward has filled it
+                ours.make_room(1)
         return ours
 
     # --- blocks -------------------------------------------------------------------------------------------------------
@@ -272,7 +275,7 @@ class Runtime:
         """Have ours in place of a cache that the model's forward has made, which nobody else has seen."""
         made = output.get(CACHE_NAME) if isinstance(output, dict) and not torch.is_grad_enabled() else None
         if made is not None:
-            output[CACHE_NAME] = self.own_cache(made, name)
+            output[CACHE_NAME] = self.own_cache(made, name, "forward")
 
     def _has_given_room_back(self, cache: Any, length: int | None) -> bool:
         """Memory has run out in a step: whether there is more now, and the step can be run again.

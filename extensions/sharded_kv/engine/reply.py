@@ -131,7 +131,7 @@ def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, 
             model_kwargs = next(value for value in (*args, *kwargs.values()) if type(value) is dict)
             if runtime.is_on() and model_kwargs.get(CACHE_NAME) is not None:
                 reply.awaits_cache = False
-                model_kwargs[CACHE_NAME] = runtime.own_cache(model_kwargs[CACHE_NAME], name)
+                model_kwargs[CACHE_NAME] = runtime.own_cache(model_kwargs[CACHE_NAME], name, "generate")
         except Exception as error:  # the reply goes on with generate()'s own
             runtime.note_failure(error)
     return prepared

@@ -175,7 +175,8 @@ class Sharding:
             raise RuntimeError(f"There is no model to make a cache for. {self.reason}")
         if not compat.has_cache_objects():
             raise RuntimeError("This version of transformers keeps caches in tuples: a KVCache needs a newer one.")
-        return self._runtime.own_cache(compat.empty_dynamic_cache(model), next(iter(self._runtime.runners), ""))
+        name = next(iter(self._runtime.runners), "")
+        return self._runtime.own_cache(compat.empty_dynamic_cache(model), name, "generate")
 
     def attach(self) -> None:
         """Read the placement, and see the model's replies from now on. What the model runs by stays as it is."""

@@ -65,7 +65,14 @@ class DecodeGraph:
         with torch.inference_mode(False):
             self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
 
-    def run(self, step: DecodeStep, run: Run, run_plainly: Run, counter: TrafficCounter) -> Any:
+    def run(
+        self,
+        step: DecodeStep,
+        begin: Callable[[Tensor | None], None],
+        run: Run,
+        run_plainly: Run,
+        counter: TrafficCounter,
+    ) -> Any:
         """The step's output.
 
         Args:
@@ -89,7 +96,7 @@ class DecodeGraph:
                 is_first = self._state is State.COLD
                 output = self._trace(step, run, counter, before)
                 if is_first and not (step.given is None or self._hooked or self._changed):
-                    self._compare_with_own_positions(step, output, run_plainly, before)
+                    self._compare_with_own_positions(step, output, begin, run, run_plainly, before)
                 return output
             self._capture(step, run)
             self._verify(step, self._run(step, run, counter), counter, before)
@@ -141,13 +148,34 @@ class DecodeGraph:
         self._ops = trace.ops
         return output
 
-    def _compare_with_own_positions(self, step: DecodeStep, output: Any, run_plainly: Run, before: Any) -> None:
-        """Raise an error if the model, left to itself, has the token in another place than we say."""
-        after = step.cache.mark()
+    def _compare_with_own_positions(
+        self,
+        step: DecodeStep,
+        output: Any,
+        begin: Callable[[Tensor | None], None],
+        run: Run,
+        run_plainly: Run,
+        before: Any,
+    ) -> None:
+        """Raise an error if the model, left to itself, has its tokens in other places than we say.
+
+        Some count those that a mask shows: it is asked with one of them hidden.
+        """
+        after, given = step.cache.mark(), dict(step.given or {})
         step.cache.go_back_to(before)
-        own = run_plainly(step.given or {}, TrafficCounter(), ())
+        if step.mask is not None:
+            given["attention_mask"] = hidden = step.mask.clone()
+            hidden[:, 0] = 0
+            begin(hidden)
+            output = self._run(step, run, TrafficCounter())
+            step.cache.go_back_to(before)
+        own = run_plainly(given, TrafficCounter(), ())
         if _are_apart(output, own):
             raise CannotCapture("Without position_ids the model has its tokens in places of its own: pass them.")
+        if step.mask is not None:
+            step.cache.go_back_to(before)
+            begin(step.mask)
+            self._run(step, run, TrafficCounter())
         step.cache.go_back_to(after)
 
     def _capture(self, step: DecodeStep, run: Run) -> None:

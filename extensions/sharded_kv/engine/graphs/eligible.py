@@ -64,7 +64,6 @@ class Rules:
 
     def __init__(self, model: nn.Module, placement: Placement) -> None:
         self._names = tuple(inspect.signature(model.forward).parameters)
-        self._takes_positions = "position_ids" in self._names
         self._main_device = placement.main_device
         self._against_placement = _against_placement(placement)
 
@@ -118,8 +117,6 @@ class Rules:
                 plain[name] = value
             else:
                 raise NotEligible(f"The model was called with {name}, a {type(value).__name__}.")
-        if self._takes_positions and mask is not None and "position_ids" not in tensors:
-            raise NotEligible("The model was called with an attention mask and no position_ids.")
         # What the model would make of Python's numbers, which differ from step to step, it gets as tensors.
         given = None
         for name, shape in (("position_ids", (batch, tokens)), ("cache_position", (tokens,))):

@@ -74,7 +74,7 @@ class GraphRunner:
         self._refused: Fingerprint | None = None
         self._logged: set[str] = set()
         self._living: weakref.WeakSet[CacheGraphs] = weakref.WeakSet()
-        self._spare: CacheGraphs | None = None  # of a cache that is gone, with its buffers
+        self._spares: dict[str, CacheGraphs] = {}  # by who made the cache, of the latest that is gone, with its buffers
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Any:
         """Run one forward of the model.
@@ -116,32 +116,40 @@ class GraphRunner:
         if model is not None and not isinstance(vars(model).get("forward"), Wrapped):
             self.latest, self.reason = next(_steps), eligible.GENERATES_HOOKED
 
-    def offer_spare(self, room: Any) -> CacheGraphs | None:
+    def offer_spare(self, room: Any, made_by: str) -> CacheGraphs | None:
         """Have a new cache's buffers be those of an earlier reply, if there are any.
 
         Args:
             room: the new cache's.
+            made_by: who has made it, for its steps are of one kind: the second pass of guidance has a forward make one.
 
         Returns:
             The graphs on them, for the new cache to keep.
         """
         room.step = ROOM_STEP
-        spare, self._spare = self._spare, None
+        spare = self._spares.pop(made_by, None)
+        for other in list(self._spares):
+            self._spares[other].passed_over += 1
+            if self._spares[other].passed_over > 1:  # no reply has wanted it since
+                self._spares.pop(other).let_go()
         if spare is not None:
+            spare.passed_over = 0
             room.spare, room.let_go = list(spare.tensors), spare.let_go
+        room.made_by = made_by
         return spare
 
-    def inherit(self, graphs: CacheGraphs) -> None:
-        """The cache of `graphs` is gone, and nobody has a part of its buffers: the next reply may have them."""
-        self.drop_spare()
-        self._spare = graphs
+    def inherit(self, graphs: CacheGraphs, made_by: str) -> None:
+        """A cache is gone, and nobody has a part of its buffers: the next that is made so may have them."""
+        if made_by in self._spares:
+            self._spares[made_by].let_go()
+        self._spares[made_by] = graphs
 
     def drop_spare(self) -> bool:
         """Free the buffers that no reply has, and the graphs on them. Returns whether there were any."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
+        spares, self._spares = self._spares, {}
+        for spare in spares.values():
             spare.let_go()
-        return spare is not None
+        return bool(spares)
 
     def close(self) -> None:
         """Free all graphs, and the buffers that no reply has. No step runs meanwhile."""
@@ -219,6 +227,7 @@ class CacheGraphs:
         refusal: what speaks against graphs for this cache; "" if nothing does, None if nobody has asked yet.
         window: how many tokens the reply may have; None for any number.
         watch: of the masks of the cache's reply.
+        passed_over: how many new caches have left them to the next, since their own is gone.
     """
 
     def __init__(
@@ -230,6 +239,7 @@ class CacheGraphs:
         self.window: int | None = None
         self._devices = of_devices
         self.watch = MaskWatch()
+        self.passed_over = 0
         self._steps: dict[Any, DecodeGraph] = {}
         self._came: Counter[Any] = Counter()  # how often each kind of step that has no graphs
         self._kinds = {name: LayerKind(layers, main_device) for name, layers in cache.kinds().items()}
@@ -266,7 +276,7 @@ class CacheGraphs:
         if runner is None or is_held or not self._steps or not self.are_on(cache):
             return
         self.distrust()
-        runner.inherit(self)
+        runner.inherit(self, cache.room.made_by)
 
     def distrust(self) -> None:
         """A new reply: ask anew what speaks against graphs, and compare a step before they are replayed."""
@@ -285,10 +295,13 @@ class CacheGraphs:
                 self._steps.pop(next(iter(self._steps))).free()
             masks = {name: each.masks for name, each in places.items()}
             graph = self._steps[step.graph_key] = DecodeGraph(step, masks, self._devices)
-        is_one_longer = self.watch.is_one_longer(step.mask)
-        for name, kind in self._kinds.items():
-            places[name].begin(kind.place, step.mask, is_one_longer, counter)
-        output = graph.run(step, functools.partial(self._run_on_buffers, step, run), run, counter)
+
+        def begin(mask: Tensor | None, *, is_one_longer: bool = False) -> None:
+            for name, kind in self._kinds.items():
+                places[name].begin(kind.place, mask, is_one_longer, counter)
+
+        begin(step.mask, is_one_longer=self.watch.is_one_longer(step.mask))
+        output = graph.run(step, begin, functools.partial(self._run_on_buffers, step, run), run, counter)
         for layer in step.cache.own_layers:
             layer.advance(step.tokens)
         return output

@@ -55,6 +55,7 @@ class Room:
         step: the capacity is a multiple of it. Whole steps let the next reply use the same buffers, graphs and all.
         spare: tensors of an earlier reply, in the order in which they were made there, to be used again.
         let_go: called before another tensor is made: whoever holds the buffers there are shall hold them no longer.
+        made_by: who has made the cache: "generate" or "forward".
         is_tight: memory ran out with the room that there was ahead: from then on there is none.
         has_grown: room was made ahead, or graphs, since somebody has seen to it that enough memory is left.
     """
@@ -64,6 +65,7 @@ class Room:
     most_ahead: int | None = None
     spare: list[Tensor] = dataclasses.field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
+    made_by: str = ""
     is_tight: bool = False
     has_grown: bool = False
     _used: int = 0  # of the spare ones
