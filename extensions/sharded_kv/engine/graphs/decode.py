@@ -16,11 +16,18 @@ from ..transfers import TrafficCounter, is_plain, tensors_in
 from .capture import Capture, CapturedStep
 from .eligible import DecodeStep
 from .fingerprint import Fingerprint
-from .trace import CannotCapture, OpTrace, hooks_that_run, module_tensors
+from .trace import CannotCapture, NumbersByHost, OpTrace, hooks_that_run, module_tensors
 
 # How far a replay's logits may be from the step's own, relative to the largest: in 16 bits one GPU differs from itself
 # by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
 _TOLERANCE = 0.05
+
+# What a mask may be, and what is said where neither is right.
+_OF_SCORES, _OF_TOKENS = "what is added to the scores", "which tokens count"
+# By what a model refuses a mask that it does not take.
+_REFUSALS = (CannotCapture, ValueError, TypeError, IndexError, RuntimeError)
+_OTHER_TOKENS = "Its forward makes something else of a buffer that is filled in part."
+_OTHER_PLACES = "Without position_ids the model has its tokens in places of its own: pass them."
 
 # Runs the model's forward block by block with keyword arguments, and counts what crosses with the counter given. Of
 # pairs of tensors it takes the second for a copy of the first.
@@ -53,6 +60,9 @@ class DecodeGraph:
     ) -> None:
         self._state = State.COLD
         self._devices = of_devices
+        # Most models take what is added to the scores; ALiBi is made of what says of each token whether it counts.
+        self._forms = [_OF_SCORES, _OF_TOKENS] if step.tokens == 1 and len(masks) == 1 else [_OF_SCORES]
+        self._form = _OF_SCORES
         self._ops: list[Any] = []
         self._hooked: list[str] = []  # modules whose hooks the traced step has run
         self._changed: list[str] = []  # of each traced step a module in which it changed a tensor
@@ -92,12 +102,10 @@ class DecodeGraph:
             return _copied(self._output, step.cache)
         before = step.cache.mark()
         try:
-            if self._state is not State.TRACED:
-                is_first = self._state is State.COLD
-                output = self._trace(step, run, counter, before)
-                if is_first and not (step.given is None or self._hooked or self._changed):
-                    self._compare_with_own_positions(step, output, begin, run, run_plainly, before)
-                return output
+            if self._state is State.COLD:
+                return self._begin(step, begin, run, run_plainly, counter, before)
+            if self._state is State.CAPTURED:
+                return self._trace(step, run, counter, before)
             self._capture(step, run)
             self._verify(step, self._run(step, run, counter), counter, before)
             return _copied(self._output, step.cache)
@@ -123,13 +131,46 @@ class DecodeGraph:
     def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
         with _plain_mode():
             # Models whose layers are of several kinds take a mask for each, by transformers' names of the kinds.
-            mask = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
+            mask: Any = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
+            if self._form == _OF_TOKENS:
+                mask = (mask[:, 0, -1] == 0).to(torch.int64)
             arguments = {**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}
             before = [mask._version for _, mask in self._copies]
             output = run(arguments, counter, self._copies)
             if [mask._version for _, mask in self._copies] != before:
                 raise CannotCapture("Its forward writes over its attention mask.")
             return output
+
+    def _begin(
+        self,
+        step: DecodeStep,
+        begin: Callable[[Tensor | None], None],
+        run: Run,
+        run_plainly: Run,
+        counter: TrafficCounter,
+        before: Any,
+    ) -> Any:
+        """Trace the first step of the kind, with a mask of the form that the model takes."""
+        refused: Exception | None = None
+        for form in self._forms:
+            self._form = form
+            try:
+                output = self._trace(step, run, counter, before)
+                if not self._hooked and not self._changed:
+                    self._compare_with_model(step, output, begin, run, run_plainly, counter, before)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except _REFUSALS as error:
+                refused = refused or error
+                self.free()
+                step.cache.go_back_to(before)
+            else:
+                self._forms = [form]
+                if self._fingerprint is not None:
+                    self._fingerprint = Fingerprint(step.model)  # modules may count their calls
+                return output
+        assert refused is not None
+        raise refused
 
     def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter, before: Any) -> Any:
         if len(self._changed) > 1:  # one may have made what the next ones only read
@@ -148,34 +189,36 @@ class DecodeGraph:
         self._ops = trace.ops
         return output
 
-    def _compare_with_own_positions(
+    def _compare_with_model(
         self,
         step: DecodeStep,
         output: Any,
         begin: Callable[[Tensor | None], None],
         run: Run,
         run_plainly: Run,
+        counter: TrafficCounter,
         before: Any,
     ) -> None:
-        """Raise an error if the model, left to itself, has its tokens in other places than we say.
+        """Raise an error if the model, left to itself, makes something else of the step than over the buffers.
 
-        Some count those that a mask shows: it is asked with one of them hidden.
+        It may attend to other tokens, or place the new ones elsewhere where we have said where. Some models count those
+        that a mask shows: so they are asked with one of them hidden.
         """
-        after, given = step.cache.mark(), dict(step.given or {})
+        after, given = step.cache.mark(), step.given
         step.cache.go_back_to(before)
-        if step.mask is not None:
-            given["attention_mask"] = hidden = step.mask.clone()
+        hidden = step.mask.clone() if step.places_are_ours and step.mask is not None else None
+        if hidden is not None:
             hidden[:, 0] = 0
+            given = {**given, "attention_mask": hidden}
             begin(hidden)
-            output = self._run(step, run, TrafficCounter())
+            output = self._run(step, run, counter)
             step.cache.go_back_to(before)
-        own = run_plainly(given, TrafficCounter(), ())
-        if _are_apart(output, own):
-            raise CannotCapture("Without position_ids the model has its tokens in places of its own: pass them.")
-        if step.mask is not None:
+        if _are_apart(output, run_plainly(given, counter, ())):
+            raise CannotCapture(_OTHER_PLACES if step.places_are_ours else _OTHER_TOKENS)
+        if hidden is not None:
             step.cache.go_back_to(before)
             begin(step.mask)
-            self._run(step, run, TrafficCounter())
+            self._run(step, run, counter)
         step.cache.go_back_to(after)
 
     def _capture(self, step: DecodeStep, run: Run) -> None:
@@ -208,8 +251,10 @@ class DecodeGraph:
 
 @contextlib.contextmanager
 def _plain_mode() -> Iterator[None]:
-    """No gradients, but not inference mode, where operators that consist of others are not taken apart."""
-    with torch.inference_mode(False), torch.no_grad():
+    """No gradients, but not inference mode, where operators that consist of others are not taken apart; and no tensors
+    of Python's numbers that are made out of sight.
+    """
+    with torch.inference_mode(False), torch.no_grad(), NumbersByHost():
         yield
 
 

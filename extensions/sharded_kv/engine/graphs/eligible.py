@@ -40,7 +40,8 @@ class DecodeStep:
         tensors: the other arguments that are tensors, on the main device.
         plain: the other arguments.
         graph_key: what two steps have in common that share a graph.
-        given: what the model was called with, if `tensors` has positions that the caller has left to the model.
+        given: what the model was called with, all of it.
+        places_are_ours: `tensors` has positions that the caller has left to the model.
     """
 
     model: nn.Module
@@ -51,7 +52,8 @@ class DecodeStep:
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
     graph_key: Any
-    given: dict[str, Any] | None
+    given: dict[str, Any]
+    places_are_ours: bool
 
 
 class Rules:
@@ -118,15 +120,15 @@ class Rules:
             else:
                 raise NotEligible(f"The model was called with {name}, a {type(value).__name__}.")
         # What the model would make of Python's numbers, which differ from step to step, it gets as tensors.
-        given = None
+        are_ours = False
         for name, shape in (("position_ids", (batch, tokens)), ("cache_position", (tokens,))):
             if name in self._names and name not in tensors:
                 plain.pop(name, None)
-                given = named
+                are_ours = True
                 tensors[name] = torch.arange(length, length + tokens, device=ids.device).expand(shape)
         shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
         graph_key = (*shapes, *[(name, repr(value)) for name, value in sorted(plain.items())])
-        return DecodeStep(model, cache, length, tokens, mask, tensors, plain, graph_key, given)
+        return DecodeStep(model, cache, length, tokens, mask, tensors, plain, graph_key, named, are_ours)
 
 
 def _against_call(

@@ -323,15 +323,19 @@ class CacheGraphs:
         copies: Sequence[tuple[Tensor, Tensor]],
     ) -> Any:
         """Run the model's forward; each layer writes where its device's positions say, and shows all of its buffers."""
+        mask = arguments["attention_mask"]
+        is_of_tokens = isinstance(mask, Tensor) and mask.dim() == 2  # then the model asks where the new token is
         try:
             for layer in step.cache.own_layers:
                 kind = self._kinds[layer.kind]
-                layer.position, layer.width = kind.of_step(step.tokens).positions[layer.device], kind.width
+                positions = kind.of_step(step.tokens).positions
+                layer.position, layer.width = positions[layer.device], kind.width
+                layer.shown_length = positions[mask.device][0] if is_of_tokens else None
             with over_buffers():
                 return run(arguments, counter, copies)
         finally:
             for layer in step.cache.own_layers:
-                layer.position = None
+                layer.position = layer.shown_length = None
 
     def free(self) -> None:
         """Free the graphs."""

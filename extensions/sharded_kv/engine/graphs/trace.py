@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..transfers import tensors_in
@@ -101,6 +102,29 @@ class OpTrace(TorchDispatchMode):
         if tensor.data_ptr() not in self._written:
             self.read.add(tensor.data_ptr())
         return (*look, tensor.data_ptr())
+
+
+class NumbersByHost(TorchFunctionMode):
+    """Has tensors of Python's numbers be made on the host first, and then moved: that is in a trace's sight.
+
+    torch.tensor(numbers, device=gpu) makes one out of sight of what looks at operators, and so does an index that is a
+    list. Both hold the same numbers in each step, as a rule.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor) and kwargs.get("device"):
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and not args[0].is_cpu:
+            args = (args[0], _without_lists(args[1], args[0].device), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _without_lists(index: Any, device: torch.device) -> Any:
+    """An index, with tensors on a device in place of lists of numbers."""
+    if isinstance(index, tuple):
+        return tuple([_without_lists(item, device) for item in index])
+    return torch.tensor(index).to(device) if isinstance(index, list) else index
 
 
 @functools.lru_cache(maxsize=4096)

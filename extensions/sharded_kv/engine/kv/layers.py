@@ -97,6 +97,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         position: [new tokens], where a step writes them that is captured in a graph; None outside of one. Such a step
             is shown all of the buffers: what is not filled is for the mask to hide.
         width: how much of the buffers such a step is shown, in tokens.
+        shown_length: a number on a GPU that says how many tokens there are, in such a step of a model that asks.
         is_read_by_host: whoever reads `keys` and `values` now will not keep them.
     """
 
@@ -113,6 +114,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, room: Room | WindowRoom, **options: Any) -> None:
         self.room = room
         self.position: Tensor | None = None
+        self.shown_length: Tensor | None = None
         self.width = 0
         super().__init__(**options)
 
@@ -127,10 +129,16 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         held = getattr(self, f"_{name}")
         return held.is_filled_by(view) if isinstance(held, Buffer) else held is view
 
-    def get_seq_length(self, *_: Any) -> int:
+    def get_seq_length(self, *_: Any) -> Any:
         """How many tokens it has seen."""
+        if self.shown_length is not None:
+            return self.shown_length
         keys = self._keys
         return keys.length if isinstance(keys, Buffer) else 0
+
+    def get_mask_sizes(self, *args: Any) -> Any:
+        """For how many tokens a mask is, and where they begin."""
+        return super().get_mask_sizes(*args) if self.shown_length is None else (self.width, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write tokens behind the last. Returns the keys and values that they attend to, themselves included.
@@ -256,7 +264,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         kept = {**self._others(), "_keys": self._keys, "_values": self._values}
-        copied.__dict__.update(copy.deepcopy(kept, memo), position=None, width=0)
+        copied.__dict__.update(copy.deepcopy(kept, memo), position=None, shown_length=None, width=0)
         copied.move_to(Room())
         return copied
 
@@ -348,4 +356,4 @@ class HybridLayer(FullLayer, _Hybrid):  # type: ignore[misc]
         _Recurrent.reset(self)
 
 
-_OURS = frozenset({"_keys", "_values", "room", "position", "width", "is_read_by_host"})
+_OURS = frozenset({"_keys", "_values", "room", "position", "shown_length", "width", "is_read_by_host"})
