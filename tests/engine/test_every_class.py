@@ -78,13 +78,12 @@ WITHOUT_GRAPHS = frozenset(
         BartForCausalLM
         BigBirdPegasusForCausalLM
         BlenderbotForCausalLM
-        BloomForCausalLM
         CpmAntForCausalLM
         DeepseekV32ForCausalLM
         DeepseekV4ForCausalLM
-        FalconForCausalLM
         FalconMambaForCausalLM
         Gemma3ForConditionalGeneration
+        GitForCausalLM
         GlmMoeDsaForCausalLM
         GotOcr2ForConditionalGeneration
         HYV4ForCausalLM
