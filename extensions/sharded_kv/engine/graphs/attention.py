@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import text
-from .capture import free_generator
+from .capture import free_generator, without_collections
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +160,12 @@ def measure(run: Callable[[], Any], device: torch.device) -> float:
         stream.wait_stream(runtime.current_stream(device))
         with runtime.stream(stream):
             run()
-        graph = runtime.CUDAGraph()
-        with runtime.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(_CALLS_IN_A_GRAPH):
-                run()
+            graph = runtime.CUDAGraph()
+            with without_collections():  # torch.cuda.graph() makes one each time, and waits for the GPU
+                graph.capture_begin(capture_error_mode="thread_local")
+                for _ in range(_CALLS_IN_A_GRAPH):
+                    run()
+                graph.capture_end()
         took: list[float] = []
         for _ in range(_REPLAYS):
             begin, end = (runtime.Event(enable_timing=True) for _ in range(2))

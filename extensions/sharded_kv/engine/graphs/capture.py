@@ -99,13 +99,8 @@ class Capture(OpTrace):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Capture what this thread runs within. One capture at a time: others wait, they share streams.
-
-        No garbage is collected meanwhile: a CUDA graph among it would be destroyed during the capture, which fails it.
-        """
-        with _one_at_a_time, _current_devices_kept(self._pools):
-            collects = gc.isenabled()
-            gc.disable()
+        """Capture what this thread runs within. One capture at a time: others wait, they share streams."""
+        with _one_at_a_time, _current_devices_kept(self._pools), without_collections():
             try:
                 with self:
                     yield
@@ -115,9 +110,6 @@ class Capture(OpTrace):  # type: ignore[no-untyped-call]
                     self._end()
                 CapturedStep(self._parts).free()
                 raise
-            finally:
-                if collects:
-                    gc.enable()
 
     def captured(self, outputs: list[Tensor]) -> CapturedStep:
         """What was captured, but for copies that neither an operator nor the step's caller reads."""
@@ -131,9 +123,9 @@ class Capture(OpTrace):  # type: ignore[no-untyped-call]
             return copied
         if _is_view(func):
             return func(*args, **kwargs)
-        operands = list(tensors_in((args, kwargs)))
+        operands = list(tensors_in((args, kwargs)) if kwargs else tensors_in(args))
         devices = {tensor.device for tensor in operands}
-        if isinstance(kwargs.get("device"), torch.device):
+        if kwargs and isinstance(kwargs.get("device"), torch.device):
             devices.add(_indexed(kwargs["device"]))
         devices = {device for device in devices if device.type not in ("cpu", "meta")}
         if len(devices) > 1:
@@ -227,6 +219,18 @@ def free_generator(device: torch.device) -> None:
             torch.zeros(1, device=device)
             graph.capture_end()
             graph.reset()
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage is collected: a CUDA graph among it would be destroyed during a capture, which fails that."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

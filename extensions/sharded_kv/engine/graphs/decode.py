@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,14 +17,16 @@ from ..transfers import TrafficCounter, is_plain, tensors_in
 from .capture import Capture, CapturedStep
 from .eligible import DecodeStep
 from .fingerprint import Fingerprint
-from .trace import CannotCapture, NumbersByHost, OpTrace, hooks_that_run, module_tensors
+from .trace import NUMBERS, CannotCapture, NumbersByHost, OpTrace, hooks_that_run, module_tensors
 
 # How far a replay's logits may be from the step's own, relative to the largest: in 16 bits one GPU differs from itself
 # by up to 0.008 (tests/gpu/results), while another token, weight or position makes logits with little in common.
 _TOLERANCE = 0.05
 
-# What a mask may be, and what is said where neither is right.
-_OF_SCORES, _OF_TOKENS = "what is added to the scores", "which tokens count"
+# What a mask may be: what is added to the scores, as most models take it; or which tokens count, of which some make
+# ALiBi.
+_OF_SCORES, _OF_TOKENS = "scores", "tokens"
+_MOST_KNOWN = 64
 # By what a model refuses a mask that it does not take.
 _REFUSALS = (CannotCapture, ValueError, TypeError, IndexError, RuntimeError)
 _OTHER_TOKENS = "Its forward makes something else of a buffer that is filled in part."
@@ -43,13 +46,32 @@ class State(enum.Enum):
     VERIFIED = enum.auto()  # the graphs have been compared with a step of this reply
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a model can be captured.
+
+    Attributes:
+        mask: what its mask is.
+        by_host: its tensors of Python's numbers are made on the host, see `NumbersByHost`.
+    """
+
+    mask: str
+    by_host: bool
+
+
+# In this order they are tried.
+_WAYS = [Way(mask, by_host) for mask in (_OF_SCORES, _OF_TOKENS) for by_host in (False, True)]
+
+
 class DecodeGraph:
     """One kind of decode step on one cache's buffers.
 
     Args:
         step: the first of its kind.
-        masks: of each kind of layers a mask, [batch, 1, 1, width], on the main device and on those of the layers.
+        masks: of each kind of layers a mask, [batch, 1, tokens, width], on the main device and on those of the layers.
         of_devices: where the model is.
+        known: of kinds of steps that were captured before, the way, and the model's fingerprint then. They need not be
+            traced again before they are captured on other buffers.
     """
 
     def __init__(
@@ -57,13 +79,14 @@ class DecodeGraph:
         step: DecodeStep,
         masks: Mapping[str, Mapping[torch.device, Tensor]],
         of_devices: tuple[torch.device, ...],
+        known: dict[Any, tuple[Way, Fingerprint]],
     ) -> None:
         self._state = State.COLD
         self._devices = of_devices
-        # Most models take what is added to the scores; ALiBi is made of what says of each token whether it counts.
-        self._forms = [_OF_SCORES, _OF_TOKENS] if step.tokens == 1 and len(masks) == 1 else [_OF_SCORES]
-        self._form = _OF_SCORES
-        self._ops: list[Any] = []
+        self._known = known
+        self._ways = [way for way in _WAYS if way.mask == _OF_SCORES or (step.tokens == 1 and len(masks) == 1)]
+        self._way = _WAYS[0]
+        self._ops: list[Any] | None = None  # of the traced step
         self._hooked: list[str] = []  # modules whose hooks the traced step has run
         self._changed: list[str] = []  # of each traced step a module in which it changed a tensor
         self._fingerprint: Fingerprint | None = None  # of the model, when it was traced or the graphs were verified
@@ -74,6 +97,9 @@ class DecodeGraph:
         self._copies = [(self._masks[kind], mask) for kind, each in masks.items() for mask in each.values()]
         with torch.inference_mode(False):
             self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
+        if step.graph_key in known:
+            self._way, self._fingerprint = known[step.graph_key]
+            self._ways, self._state = [self._way], State.TRACED
 
     def run(
         self,
@@ -129,10 +155,10 @@ class DecodeGraph:
         self._state = State.COLD
 
     def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
-        with _plain_mode():
+        with _plain_mode(), NumbersByHost() if self._way.by_host else contextlib.nullcontext():
             # Models whose layers are of several kinds take a mask for each, by transformers' names of the kinds.
             mask: Any = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
-            if self._form == _OF_TOKENS:
+            if self._way.mask == _OF_TOKENS:
                 mask = (mask[:, 0, -1] == 0).to(torch.int64)
             arguments = {**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}
             before = [mask._version for _, mask in self._copies]
@@ -150,10 +176,12 @@ class DecodeGraph:
         counter: TrafficCounter,
         before: Any,
     ) -> Any:
-        """Trace the first step of the kind, with a mask of the form that the model takes."""
-        refused: Exception | None = None
-        for form in self._forms:
-            self._form = form
+        """Trace the first step of the kind, in the way that is right for the model."""
+        refusals: list[Exception] = []
+        for way in self._ways:
+            if way.by_host and refusals and str(refusals[-1]) != NUMBERS:
+                continue
+            self._way = way
             try:
                 output = self._trace(step, run, counter, before)
                 if not self._hooked and not self._changed:
@@ -161,16 +189,15 @@ class DecodeGraph:
             except torch.cuda.OutOfMemoryError:
                 raise
             except _REFUSALS as error:
-                refused = refused or error
+                refusals.append(error)
                 self.free()
                 step.cache.go_back_to(before)
             else:
-                self._forms = [form]
+                self._ways = [way]
                 if self._fingerprint is not None:
                     self._fingerprint = Fingerprint(step.model)  # modules may count their calls
                 return output
-        assert refused is not None
-        raise refused
+        raise next((error for error in refusals if str(error) != NUMBERS), refusals[0])
 
     def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter, before: Any) -> Any:
         if len(self._changed) > 1:  # one may have made what the next ones only read
@@ -232,8 +259,9 @@ class DecodeGraph:
         self._captured = capture.captured(list(tensors_in(self._output)))
         self._state = State.CAPTURED
         step.cache.room.has_grown = True
-        if capture.ops != self._ops:
+        if self._ops is not None and capture.ops != self._ops:
             raise CannotCapture(_difference(self._ops, capture.ops))
+        self._ops = capture.ops
 
     def _replay(self, counter: TrafficCounter) -> None:
         assert self._captured is not None
@@ -247,14 +275,15 @@ class DecodeGraph:
         if _are_apart(self._output, output):
             raise CannotCapture("Its graphs compute something else than its forward, though they look the same.")
         self._state, self._fingerprint = State.VERIFIED, Fingerprint(step.model)
+        if len(self._known) > _MOST_KNOWN:
+            self._known.clear()
+        self._known[step.graph_key] = self._way, self._fingerprint
 
 
 @contextlib.contextmanager
 def _plain_mode() -> Iterator[None]:
-    """No gradients, but not inference mode, where operators that consist of others are not taken apart; and no tensors
-    of Python's numbers that are made out of sight.
-    """
-    with torch.inference_mode(False), torch.no_grad(), NumbersByHost():
+    """No gradients, but not inference mode, where operators that consist of others are not taken apart."""
+    with torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -70,6 +70,7 @@ class GraphRunner:
         self._rules = eligible.Rules(model, placement)
         self._devices = placement.devices
         self._counter = counter
+        self._known: dict[Any, Any] = {}  # see DecodeGraph
         self._refusals: dict[Any, str] = {}  # by a step's graph key, while the model is as it was then
         self._refused: Fingerprint | None = None
         self._logged: set[str] = set()
@@ -213,7 +214,7 @@ class GraphRunner:
         cache = step.cache
         if cache.graphs is not None:
             cache.graphs.let_go()
-        cache.graphs = graphs = CacheGraphs(self, cache, step.tensors["input_ids"].device, self._devices)
+        cache.graphs = graphs = CacheGraphs(self, cache, step.tensors["input_ids"].device, self._devices, self._known)
         self._living.add(graphs)
         return graphs
 
@@ -231,13 +232,18 @@ class CacheGraphs:
     """
 
     def __init__(
-        self, runner: GraphRunner, cache: Any, main_device: torch.device, of_devices: tuple[torch.device, ...]
+        self,
+        runner: GraphRunner,
+        cache: Any,
+        main_device: torch.device,
+        of_devices: tuple[torch.device, ...],
+        known: dict[Any, Any],
     ) -> None:
         self.runner = weakref.ref(runner)
         self.tensors = cache.tensors()
         self.refusal: str | None = None
         self.window: int | None = None
-        self._devices = of_devices
+        self._devices, self._known = of_devices, known
         self.watch = MaskWatch()
         self.passed_over = 0
         self._steps: dict[Any, DecodeGraph] = {}
@@ -294,7 +300,7 @@ class CacheGraphs:
             while len(self._steps) >= _MOST_KINDS:  # the oldest goes: somebody calls the model with ever new values
                 self._steps.pop(next(iter(self._steps))).free()
             masks = {name: each.masks for name, each in places.items()}
-            graph = self._steps[step.graph_key] = DecodeGraph(step, masks, self._devices)
+            graph = self._steps[step.graph_key] = DecodeGraph(step, masks, self._devices, self._known)
 
         def begin(mask: Tensor | None, *, is_one_longer: bool = False) -> None:
             for name, kind in self._kinds.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
@@ -24,6 +25,10 @@ _MOST_HOST_VALUES = 1024
 # Hooks of these do nothing in a step that may be a graph: our own, and those by which transformers 5 collects hidden
 # states and attentions, which it never takes off.
 _IDLE_HOOKS = (__name__.rpartition(".graphs")[0], "transformers.utils.output_capturing")
+
+
+# Why a step is not captured that `NumbersByHost` may let be.
+NUMBERS = "Its forward makes a tensor of Python's numbers on a GPU."
 
 
 class CannotCapture(Exception):
@@ -51,16 +56,26 @@ class OpTrace(TorchDispatchMode):
         self._made = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # Some thousand operators come here in a step, so what is done for each is written out.
         if torch.is_inference_mode_enabled():  # operators that consist of others come whole there, views among them
             raise CannotCapture("Part of its forward runs in inference mode.")
-        self._check(func, args, kwargs)
-        if func in _WRITING_OVER and args[0].nbytes == args[0].untyped_storage().nbytes():
+        kind = _kinds[func]
+        if kind.is_suspect:
+            _check(func, args, kwargs or {})
+        if kind.writes_over and args[0].nbytes == args[0].untyped_storage().nbytes():
             self._written.add(args[0].data_ptr())
-        self.ops.append((func, self._record(args), self._record(tuple(kwargs.items()))))
-        out = self.run(func, args, kwargs)
-        for tensor in tensors_in(out):
-            if not any(tensor is operand for operand in tensors_in(args)):
+        record = self._record
+        if kwargs:
+            self.ops.append((func, record(args), record(tuple(kwargs.items()))))
+            out = self.run(func, args, kwargs)
+        else:
+            self.ops.append((func, record(args), ()))
+            out = self.run(func, args, {})
+        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            for operand in args:
+                if operand is tensor:
+                    break  # written in place
+            else:
                 tensor._sharded_kv_made = (self._here, self._made)  # type: ignore[attr-defined]
                 self._made += 1
         return out
@@ -69,39 +84,68 @@ class OpTrace(TorchDispatchMode):
         """Run one operator."""
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _check(func: Any, args: Any, kwargs: Any) -> None:
-        """Refuse what no graph can hold."""
-        if _draws(func) and _argument(func, args, kwargs, "dropout_p") != 0:
-            raise CannotCapture(f"Its forward draws random numbers ({func}).")
-        if func is _aten.lift_fresh.default and not args[0].is_cpu:  # torch.tensor(), which copies out of our sight
-            raise CannotCapture("Its forward makes a tensor of Python's numbers on a GPU.")
-        depends = _depends(func)
-        if func is _aten.index.Tensor:  # only a mask's result has as many elements as it has
-            depends = any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
-        if depends and any(not tensor.is_cpu for tensor in tensors_in(args)):
-            raise CannotCapture(f"What its forward does depends on values that it reads back from a GPU ({func}).")
-
     def _record(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is tuple or kind is list:
+            return tuple([self._record(item) for item in value])
         if isinstance(value, Tensor):
             return self._record_tensor(value)
         if isinstance(value, (list, tuple)):
             return tuple([self._record(item) for item in value])
         # 1, 1.0 and True are equal, but not the same to an operator. NaN is not equal to itself.
-        return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
+        return (kind, repr(value)) if kind is float else (kind, value)
 
     def _record_tensor(self, tensor: Tensor) -> Any:
-        made = getattr(tensor, "_sharded_kv_made", None)
-        look = tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
-        if tensor.is_cpu:
+        is_cpu, made = tensor.is_cpu, vars(tensor).get("_sharded_kv_made")
+        if made is not None and made[0] is self._here and not is_cpu:
+            return made[1]  # what it looks like follows from the operators before
+        look = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        if is_cpu:
             if tensor.numel() > _MOST_HOST_VALUES:
                 raise CannotCapture(f"Its forward uses a tensor on the CPU, of the shape {tuple(tensor.shape)}.")
-            return (*look, tuple(map(repr, tensor.flatten().tolist())))
-        if made is not None and made[0] is self._here:
-            return (*look, made[1])
-        if tensor.data_ptr() not in self._written:
-            self.read.add(tensor.data_ptr())
-        return (*look, tensor.data_ptr())
+            return look, tuple(map(repr, tensor.flatten().tolist()))
+        place = tensor.data_ptr()
+        if place not in self._written:
+            self.read.add(place)
+        return look, place
+
+
+def _check(func: Any, args: Any, kwargs: Any) -> None:
+    """Refuse what no graph can hold."""
+    if _draws(func) and _argument(func, args, kwargs, "dropout_p") != 0:
+        raise CannotCapture(f"Its forward draws random numbers ({func}).")
+    if func is _aten.lift_fresh.default and not args[0].is_cpu:  # torch.tensor(), which copies out of our sight
+        raise CannotCapture(NUMBERS)
+    depends = _depends(func)
+    if func is _aten.index.Tensor:  # only a mask's result has as many elements as it has
+        depends = any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
+    if depends and any(not tensor.is_cpu for tensor in tensors_in(args)):
+        raise CannotCapture(f"What its forward does depends on values that it reads back from a GPU ({func}).")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is known of an operator.
+
+    Attributes:
+        is_suspect: it may be one that no graph can hold.
+        writes_over: it writes over its first operand as a whole.
+    """
+
+    is_suspect: bool
+    writes_over: bool
+
+
+class _Kinds(dict[Any, _Kind]):
+    """By operator. Asked for each in each step that is traced, so it is found out once."""
+
+    def __missing__(self, func: Any) -> _Kind:
+        is_suspect = _draws(func) or _depends(func) or func in (_aten.lift_fresh.default, _aten.index.Tensor)
+        self[func] = kind = _Kind(is_suspect, func in _WRITING_OVER)
+        return kind
+
+
+_kinds = _Kinds()
 
 
 class NumbersByHost(TorchFunctionMode):
@@ -127,13 +171,11 @@ def _without_lists(index: Any, device: torch.device) -> Any:
     return torch.tensor(index).to(device) if isinstance(index, list) else index
 
 
-@functools.lru_cache(maxsize=4096)
 def _draws(func: Any) -> bool:
     """Whether it may draw random numbers."""
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
-@functools.lru_cache(maxsize=4096)
 def _depends(func: Any) -> bool:
     """Whether what it gives depends on values in such a way that a GPU is waited for."""
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
