@@ -112,7 +112,7 @@ def _quickest(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: 
     """The quickest way that is right for these tensors; torch's own where that could not be found out yet."""
     ways = ways_for(query, keys, values, mask)
     size = keys.shape[2].bit_length()  # what is quickest for some tokens is so for a few more
-    kind = (query.device, query.dtype, *query.shape, keys.shape[1], size)
+    kind = (torch.cuda.get_device_name(query.device), query.dtype, *query.shape, keys.shape[1], size)
     with _choosing:
         if not _by_speed.get(kind) and not torch.cuda.is_current_stream_capturing():  # else nothing can be measured
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # to be found out another time

@@ -132,8 +132,11 @@ class DecodeGraph:
                 return self._begin(step, begin, run, run_plainly, counter, before)
             if self._state is State.CAPTURED:
                 return self._trace(step, run, counter, before)
+            if self._hooked:
+                raise CannotCapture(f"Somebody's hook is on {self._hooked[0]}, which a graph would not run.")
+            output = self._run(step, run, counter)  # before a capture, in which no way of attention can be timed
             self._capture(step, run)
-            self._verify(step, self._run(step, run, counter), counter, before)
+            self._verify(step, output, counter, before)
             return _copied(self._output, step.cache)
         except BaseException:
             step.cache.go_back_to(before)
@@ -249,8 +252,6 @@ class DecodeGraph:
         step.cache.go_back_to(after)
 
     def _capture(self, step: DecodeStep, run: Run) -> None:
-        if self._hooked:
-            raise CannotCapture(f"Somebody's hook is on {self._hooked[0]}, which a graph would not run.")
         # A pool whose graphs are all gone cannot be used again.
         capture = Capture({device: devices.runtime(device).graph_pool_handle() for device in self._devices})
         with _plain_mode(), capture.recording():

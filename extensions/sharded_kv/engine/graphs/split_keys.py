@@ -17,6 +17,8 @@ from torch import Tensor
 # Keys in one turn of a program's loop, and programs for each processor: enough to keep its memory busy.
 _KEYS_AT_ONCE = 64
 _PROGRAMS_PER_PROCESSOR = 4
+# More than one program can merge. It is compiled for as many as there may be, and so once for all lengths.
+_MOST_SPLITS = 128
 # Rows of a product on tensor cores; the queries that share keys are padded to so many.
 _FEWEST_ROWS = 16
 
@@ -135,7 +137,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     heads, width = keys.shape[1], keys.shape[2]
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 8
     turns = triton.cdiv(width, _KEYS_AT_ONCE)
-    splits = max(1, min(turns, _PROGRAMS_PER_PROCESSOR * processors // (batch * heads)))
+    most = max(1, min(_MOST_SPLITS, _PROGRAMS_PER_PROCESSOR * processors // (batch * heads)))
+    splits = min(turns, most)
     rows = batch * query_heads
     parts = query.new_empty((rows, splits, size), dtype=torch.float32)
     largest, sums = (query.new_empty((rows, splits), dtype=torch.float32) for _ in range(2))
@@ -169,5 +172,5 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
         KEYS=_KEYS_AT_ONCE if size <= 128 else _KEYS_AT_ONCE // 2,
         **padded,
     )
-    _merge[(rows,)](parts, largest, sums, out, splits, SPLITS_PADDED=triton.next_power_of_2(splits), **padded)
+    _merge[(rows,)](parts, largest, sums, out, splits, SPLITS_PADDED=triton.next_power_of_2(most), **padded)
     return out
