@@ -98,8 +98,9 @@ class DecodeGraph:
         with torch.inference_mode(False):
             self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
         if step.graph_key in known:
-            self._way, self._fingerprint = known[step.graph_key]
-            self._ways, self._state = [self._way], State.TRACED
+            (self._way, before), now = known[step.graph_key], Fingerprint(step.model)
+            if before == now:
+                self._state, self._fingerprint = State.TRACED, now
 
     def run(
         self,
@@ -112,9 +113,8 @@ class DecodeGraph:
         """The step's output.
 
         Args:
-            step: what the model was called with.
-            places: of each kind of layers where in the buffers the tokens begin that they attend to, and how many
-                they are, the new one included.
+            step: what the model was called with. The masks are ready for it.
+            begin: has the masks be ready for the same step with another mask.
             run: see `Run`; over the buffers of the cache.
             run_plainly: the same as in eager mode.
             counter: counts what crosses.
@@ -196,7 +196,7 @@ class DecodeGraph:
                 self.free()
                 step.cache.go_back_to(before)
             else:
-                self._ways = [way]
+                self._ways.sort(key=way.__ne__)  # the next time it is the first
                 if self._fingerprint is not None:
                     self._fingerprint = Fingerprint(step.model)  # modules may count their calls
                 return output
