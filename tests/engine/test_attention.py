@@ -201,7 +201,7 @@ def test_another_thread_has_transformers_attention_meanwhile(registered: Any) ->
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     calls: list[str] = []
-    with attention.over_buffers():
+    with attention.over_buffers("sdpa"):
         there = AttentionInterface()["sdpa"]
 
         def attend() -> None:
@@ -226,12 +226,63 @@ def test_what_the_operator_does_not_know_is_transformers_own(registered: Any, op
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     calls: list[str] = []
-    with attention.over_buffers(), _Names(calls):
+    with attention.over_buffers("sdpa"), _Names(calls):
         AttentionInterface()["sdpa"](
             module, query, keys, values, **{"attention_mask": mask, "scaling": scale, **options}
         )
     assert calls
     assert "sharded_kv::attend" not in calls
+
+
+def without_a_mask(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> Any:
+    """Attention as flash attention has it: causal, with a window, and of a mask only which tokens count."""
+    assert attention_mask is None or attention_mask.dim() == 2
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    new, all_tokens = scores.shape[2:]
+    own, place = torch.arange(new)[:, None] + all_tokens - new, torch.arange(all_tokens)
+    is_seen = (place <= own) & (place > own - (sliding_window or all_tokens))
+    is_seen = is_seen.to(query.device)[None, None]
+    if attention_mask is not None:
+        is_seen = is_seen & (attention_mask[:, None, None, -all_tokens:] != 0)
+    weights = scores.masked_fill(~is_seen, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "mistral-sliding"])
+def test_attention_that_takes_no_mask_has_graphs(
+    devices: support.Devices, monkeypatch: pytest.MonkeyPatch, family: str, batch: int
+) -> None:
+    masks = pytest.importorskip("transformers.masking_utils")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash", without_a_mask)
+    monkeypatch.setitem(masks.AttentionMaskInterface._global_mapping, "flash", masks.flash_attention_mask)
+
+    def replied(model: Any) -> list[list[int]]:
+        model.config._attn_implementation = "flash"
+        place = next(model.parameters()).device
+        inputs = {name: tensor.to(place) for name, tensor in support.prompts(batch).items()}
+        with torch.no_grad():
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=30, min_new_tokens=30)
+        return list(tokens.tolist())
+
+    right = replied(models.build(support.family_or_skip(family)))
+    model = support.spread(models.build(family), devices.up_to(2))
+    sharding = shard(model)
+    sharding.mode = "graph"
+    for _ in range(2):
+        assert replied(model) == right
+    assert sharding.reason_for_eager == ""
+    assert AttentionInterface()["flash"] is without_a_mask
 
 
 class _Names(torch.utils._python_dispatch.TorchDispatchMode):

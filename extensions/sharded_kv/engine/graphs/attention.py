@@ -14,6 +14,7 @@ import logging
 import statistics
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,12 +24,13 @@ from torch.nn import functional
 
 from .. import text
 from .capture import free_generator, without_collections
+from .trace import CannotCapture
 
 logger = logging.getLogger(__name__)
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
-_NAME = "sdpa"
+_SDPA = "sdpa"
 _KNOWS_GROUPS = "enable_gqa" in (functional.scaled_dot_product_attention.__doc__ or "")  # since torch 2.5
 # What transformers' own function is given beside tensors; anything else that it may come to know is handed on.
 _KNOWN = frozenset({"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"})
@@ -196,36 +198,57 @@ class _Here(threading.local):
 
 _here = _Here()
 _installing = threading.Lock()
-_users = 0
+_users: Counter[str] = Counter()  # by the name in whose place ours is registered
+
+
+def _interface() -> Any:
+    """Where transformers has its attentions by name, since 4.51; None before, and where torch knows no groups."""
+    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    return interface if _KNOWS_GROUPS else None
+
+
+def can_replace(name: Any) -> bool:
+    """Whether ours can take the place of a model's attention of this name over buffers."""
+    interface = _interface()
+    return interface is not None and name in interface()
 
 
 @contextlib.contextmanager
-def over_buffers() -> Iterator[None]:
-    """Within, the attention of this thread's forwards is ours, where it is transformers' sdpa attention otherwise."""
-    # Since transformers 4.51.
-    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    if interface is None or not _KNOWS_GROUPS:
+def over_buffers(name: str) -> Iterator[None]:
+    """Within, the attention of this thread's forwards is ours, where it is transformers' attention of this name.
+
+    Args:
+        name: of the model's attention. One that takes no mask as ours has, such as flash attention, has sdpa's in its
+            place where ours does not do.
+    """
+    if not can_replace(name):
         yield
         return
-    global _users
+    interface = _interface()
     with _installing:
-        if not _users:
-            theirs = interface()[_NAME]
-            interface.register(_NAME, functools.partial(_instead_of, theirs))
-        _users += 1
+        if not _users[name]:
+            interface.register(name, functools.partial(_instead_of, name, interface()[name]))
+        _users[name] += 1
     was_over_buffers, _here.is_over_buffers = _here.is_over_buffers, True
     try:
         yield
     finally:
         _here.is_over_buffers = was_over_buffers
         with _installing:
-            _users -= 1
-            ours = interface()[_NAME]
-            if not _users and isinstance(ours, functools.partial) and ours.func is _instead_of:
-                interface.register(_NAME, ours.args[0])
+            _users[name] -= 1
+            ours = interface()[name]
+            if not _users[name] and _original(ours) is not ours:
+                interface.register(name, _original(ours))
+
+
+def _original(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """What ours is in the place of; another's as it is."""
+    is_ours = isinstance(attention, functools.partial) and attention.func is _instead_of
+    return attention.args[1] if is_ours else attention  # type: ignore[attr-defined]
 
 
 def _instead_of(
+    name: str,
     theirs: Callable[..., Any],
     /,
     module: Any,
@@ -236,11 +259,18 @@ def _instead_of(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """transformers' sdpa attention: by our operator if it is of one token and a mask."""
-    if _here.is_over_buffers and not args and _is_ours(theirs, module, query, key, value, attention_mask, kwargs):
-        scale = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return torch.ops.sharded_kv.attend(query, key, value, attention_mask, scale), None
+    """transformers' attention: by our operator if it is of one token and a mask."""
+    if _here.is_over_buffers:
+        if name != _SDPA:
+            if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+                raise CannotCapture(
+                    f"Its attention is {name}, with soft caps or sinks: graph mode needs sdpa or eager."
+                )
+            theirs = _interface()()[_SDPA]
+        if not args and _is_ours(theirs, module, query, key, value, attention_mask, kwargs):
+            scale = kwargs.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            return torch.ops.sharded_kv.attend(query, key, value, attention_mask, scale), None
     return theirs(module, query, key, value, attention_mask, *args, **kwargs)
 
 

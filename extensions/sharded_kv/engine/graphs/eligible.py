@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import compat, devices, text
 from ..placement import CACHE_NAME, Placement
 from ..transfers import is_plain
+from .attention import can_replace
 from .trace import CannotCapture
 
 _ATTENTION = ("sdpa", "eager")  # these take any mask that is added to the scores
@@ -75,11 +76,10 @@ class Rules:
             return self._against_placement
         if getattr(model, "is_loaded_in_8bit", False):
             return "Its 8-bit weights (bitsandbytes) have the host wait in every layer, which no graph can."
-        config = getattr(model, "config", None)
-        attention = getattr(config, "_attn_implementation", None)
-        if attention not in _ATTENTION:
+        attention = attention_of(model)
+        if attention not in _ATTENTION and not can_replace(attention):
             return f"Its attention is {attention}: graph mode needs sdpa or eager attention."
-        if "chunked_attention" in (getattr(_of_text(config), "layer_types", None) or ()):
+        if "chunked_attention" in (getattr(_of_text(getattr(model, "config", None)), "layer_types", None) or ()):
             return "Its layers attend to chunks of the text, which graph mode does not know."
         return ""
 
@@ -160,6 +160,11 @@ def _against_call(
             "that began without sharding. For loops of one's own, sharding.new_cache() makes one that graphs serve."
         )
     return ""
+
+
+def attention_of(model: nn.Module) -> Any:
+    """The name of its attention, as transformers has it."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def against_cache(cache: Any) -> str:

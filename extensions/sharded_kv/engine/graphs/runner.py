@@ -337,7 +337,7 @@ class CacheGraphs:
                 positions = kind.of_step(step.tokens).positions
                 layer.position, layer.width = positions[layer.device], kind.width
                 layer.shown_length = positions[mask.device][0] if is_of_tokens else None
-            with over_buffers():
+            with over_buffers(eligible.attention_of(step.model)):
                 return run(arguments, counter, copies)
         finally:
             for layer in step.cache.own_layers:
