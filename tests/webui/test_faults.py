@@ -45,7 +45,8 @@ CONSTRUCTORS = ("__init__", "__deepcopy__", "__reduce__")
 GUARDS = {
     *("Meter.begin", "Meter.note_end", "Meter.note_failure", "Meter._look"),
     *("Recording.__call__", "Recording.forward_begins", "Recording.end", "Recording.fail"),
-    *("_ForwardBegins.__call__", "reply._run_reply", "reply._prepare_cache", "Runtime.note_failure"),
+    *("_ForwardBegins.__call__", "reply._run_reply", "reply._prepare_cache", "reply._grow_mask"),
+    "Runtime.note_failure",
     # How observing operators ends.
     *("Observer.stop", "Observer.__torch_dispatch__", "Recording._stop_observing"),
     *("Measuring._run", "Measuring._set", "settings.defaults"),
@@ -55,7 +56,13 @@ GUARDS = {
     *("Gate.alone", "Gate._do_later", "Gate.__enter__", "Gate.__exit__", "GraphRunner.step", "GraphRunner._say"),
     # What a reply's cache is made of, in its midst: there is no other.
     *("Buffer.__deepcopy__", "Buffer.make_room", "FullLayer.get_seq_length", "FullLayer.update", "FullLayer._update"),
-    *("KVCache.update", "KVCache.__del__", "SlidingLayer.get_seq_length", "SlidingLayer.update"),
+    *(
+        "FullLayer.get_mask_sizes",
+        "KVCache.update",
+        "KVCache.__del__",
+        "SlidingLayer.get_seq_length",
+        "SlidingLayer.update",
+    ),
 }
 # What the log alone speaks of: the panel shows what it still knows.
 SILENT = {"MemoryMarks.begin", "MemoryMarks.end", "MemoryMarks.look", "reply.writes_replies"}

@@ -148,7 +148,7 @@ def test_a_folder_of_another_name_gives_the_extension_its_name(started: Started)
 
 def test_a_folder_with_a_dot_in_its_name_works_too(started: Started) -> None:
     facts = started("name_with_a_dot")
-    assert facts["params"]["mode"] == "eager"
+    assert facts["params"]["mode"] == "graph"
     assert ["sharded_kv-1.0-mode" in text for level, text, _ in facts["rest"] if level == "WARNING"] == [True]
 
 

@@ -14,12 +14,12 @@ from tests.webui import hosts
 OpenWebui = Callable[..., hosts.Webui]
 
 each_version = pytest.mark.parametrize("version", hosts.VERSIONS, ids=str)
-DEFAULTS = {"activate": True, "mode": "eager", "display_name": "Sharded KV", "is_tab": True}
+DEFAULTS = {"activate": True, "mode": "graph", "display_name": "Sharded KV", "is_tab": True}
 # Where settings.yaml names a parameter with its default, every version of the webui saves it.
 IN_THE_FILE = {f"{hosts.NAME}-{name}": value for name, value in DEFAULTS.items()}
 
 
-def test_the_defaults_are_on_and_eager_in_a_tab_of_its_own() -> None:
+def test_the_defaults_are_on_and_graph_in_a_tab_of_its_own() -> None:
     assert settings.defaults() == DEFAULTS
 
 

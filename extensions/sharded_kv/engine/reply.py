@@ -113,7 +113,7 @@ def _patches(module: Any, name: str, runtime: Runtime, meter: Meter) -> Iterator
     method = compat.mask_growing_method(type(module))
     if method:
         grow = getattr(module, method)
-        yield Patch(module, method, wrap_like(_grow_mask, grow, like=grow))
+        yield Patch(module, method, wrap_like(_grow_mask, runtime, grow, like=grow))
 
 
 def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -137,17 +137,23 @@ def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, 
     return prepared
 
 
-def _grow_mask(grow: Callable[..., Any], /, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+def _grow_mask(
+    runtime: Runtime, grow: Callable[..., Any], /, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Have generate() put ones behind its attention mask, and tell the graphs, which need not have it again.
 
     Args:
+        runtime: of the model.
         grow: generate()'s own method.
     """
     before = model_kwargs.get("attention_mask")
     grown = grow(outputs, model_kwargs, *args, **kwargs)
     cache, after = grown.get(CACHE_NAME), grown.get("attention_mask")
-    if compat.is_own_cache(cache) and cache.graphs is not None and before is not None and after is not before:
-        cache.graphs.watch.note_growth(before, after)
+    try:
+        if compat.is_own_cache(cache) and cache.graphs is not None and before is not None and after is not before:
+            cache.graphs.watch.note_growth(before, after)
+    except Exception as error:  # the reply goes on without us
+        runtime.note_failure(error)
     return grown
 
 

@@ -32,8 +32,8 @@ class Extension:
         self._lock = threading.RLock()
         self._host: Host | None = None
         self._sharding: Sharding | None = None
-        self._activate: bool = True
-        self._mode: str = MODES[0]
+        self._activate: bool = self.params["activate"]
+        self._mode: str = self.params["mode"]
         self._has_told = False  # of the model, in the log
         self._failure = ""
         self._measuring = Measuring(switched=self._apply)

@@ -25,7 +25,7 @@ def _is_bool(value: Any) -> bool:
 
 PARAMETERS = {
     "activate": Parameter(True, _is_bool, "true or false"),
-    "mode": Parameter(MODES[0], lambda value: value in MODES, " or ".join(MODES)),
+    "mode": Parameter("graph", lambda value: value in MODES, " or ".join(MODES)),
     "display_name": Parameter("Sharded KV", lambda value: isinstance(value, str) and value.strip() != "", "a text"),
     "is_tab": Parameter(True, _is_bool, "true or false"),
 }
