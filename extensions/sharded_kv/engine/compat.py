@@ -72,14 +72,14 @@ def cache_preparing_method(of: type) -> str:
     return next((name for name in names if has_cache_objects() and hasattr(of, name)), "")
 
 
-def mask_growing_method(of: type) -> str:
+def mask_growing_method(module: nn.Module) -> str:
     """The method of a model by which generate() puts a one behind its attention mask; "" where it is not transformers'
     own, which does nothing else to it.
     """
-    name = "_update_model_kwargs_for_generation"
-    owner = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-    own = getattr(owner, name, None)
-    return name if has_cache_objects() and own is not None and getattr(of, name, None) is own else ""
+    name, home = "_update_model_kwargs_for_generation", "transformers.generation.utils"
+    own = getattr(getattr(sys.modules.get(home), "GenerationMixin", None), name, None)
+    is_own = getattr(type(module), name, None) is own is not None and name not in vars(module)
+    return name if has_cache_objects() and is_own and own.__module__ == home else ""
 
 
 def empty_dynamic_cache(model: nn.Module) -> Any:

@@ -99,10 +99,10 @@ class Runtime:
         from .kv.buffer import Room
 
         reply, runner = self.thread.reply, self.runners.get(name)
-        room = Room(None if reply is None else reply.longest)
+        room = Room(None if reply is None else reply.longest, made_by=made_by)
         ours = own.in_place_of(cache, room)
         if runner is not None:
-            ours.graphs = runner.offer_spare(room, made_by)
+            ours.graphs = runner.offer_spare(room)
             if ours.graphs is not None and ours.length:  # a forward has filled it
                 ours.make_room(1)
         return ours

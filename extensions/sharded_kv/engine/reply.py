@@ -110,7 +110,7 @@ def _patches(module: Any, name: str, runtime: Runtime, meter: Meter) -> Iterator
     if method:
         prepare = getattr(module, method)
         yield Patch(module, method, wrap_like(_prepare_cache, runtime, name, prepare, like=prepare))
-    method = compat.mask_growing_method(type(module))
+    method = compat.mask_growing_method(module)
     if method:
         grow = getattr(module, method)
         yield Patch(module, method, wrap_like(_grow_mask, runtime, grow, like=grow))

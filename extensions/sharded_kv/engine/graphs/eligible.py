@@ -42,7 +42,7 @@ class DecodeStep:
         plain: the other arguments.
         graph_key: what two steps have in common that share a graph.
         given: what the model was called with, all of it.
-        places_are_ours: `tensors` has positions that the caller has left to the model.
+        positions_are_ours: `tensors` has positions that the caller has left to the model.
     """
 
     model: nn.Module
@@ -54,7 +54,7 @@ class DecodeStep:
     plain: dict[str, Any]
     graph_key: Any
     given: dict[str, Any]
-    places_are_ours: bool
+    positions_are_ours: bool
 
 
 class Rules:
@@ -127,7 +127,8 @@ class Rules:
                 are_ours = True
                 tensors[name] = torch.arange(length, length + tokens, device=ids.device).expand(shape)
         shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
-        graph_key = (*shapes, *[(name, repr(value)) for name, value in sorted(plain.items())])
+        settings = [(name, repr(value)) for name, value in sorted(plain.items())]
+        graph_key = (are_ours, mask is None, *shapes, *settings)
         return DecodeStep(model, cache, length, tokens, mask, tensors, plain, graph_key, named, are_ours)
 
 

@@ -65,7 +65,7 @@ class StepPlaces:
         window: int | None,
     ) -> None:
         self._tokens, self._window, self._masked = tokens, window or width, torch.finfo(dtype).min
-        self._attended = (0, 0)  # from where to where the masks are, of one new token
+        self._shown: tuple[int, int] | None = None  # from where to where the masks show tokens, if that is known
         with torch.inference_mode(False):
             self.positions = {device: torch.zeros(tokens, dtype=torch.int64, device=device) for device in devices}
             self.masks = {
@@ -81,14 +81,14 @@ class StepPlaces:
         Args:
             place: of the tokens that are there: where they begin, and how many they are.
             mask: [batch, tokens], which of all tokens of the reply count; None for all.
-            is_one_longer: it is the mask of the step before, and a one behind it.
+            is_one_longer: the step before was here, and it is its mask and a one behind it.
             counter: counts what crosses.
         """
         begin, new = place[0], sum(place)
         end = new + self._tokens
         for device, positions in self.positions.items():
             positions.fill_(new) if self._tokens == 1 else torch.add(self._offsets[device][:, 0], new, out=positions)
-        (first, last), self._attended = self._attended, (0, 0)
+        (first, last), self._shown = self._shown or (end, end), None
         if is_one_longer and first <= begin and last + 1 == end and self._tokens == 1:
             for each in self.masks.values():
                 if first < begin:  # what a window has lost
@@ -105,7 +105,11 @@ class StepPlaces:
             for device in others:
                 self.masks[device].copy_(main, non_blocking=True)
                 counter.add(main_device, device, main.numel() * main.element_size())
-        self._attended = (begin, end)
+        self._shown = (begin, end)
+
+    def forget(self) -> None:
+        """The masks may be those of another step, or somebody may have written to them: make them anew."""
+        self._shown = None
 
     def _show(self, device: torch.device, begin: int, end: int) -> Tensor:
         """Have all tokens of these places count, each for those that come after it."""

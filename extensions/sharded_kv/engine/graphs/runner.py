@@ -117,33 +117,32 @@ class GraphRunner:
         if model is not None and not isinstance(vars(model).get("forward"), Wrapped):
             self.latest, self.reason = next(_steps), eligible.GENERATES_HOOKED
 
-    def offer_spare(self, room: Any, made_by: str) -> CacheGraphs | None:
+    def offer_spare(self, room: Any) -> CacheGraphs | None:
         """Have a new cache's buffers be those of an earlier reply, if there are any.
 
         Args:
-            room: the new cache's.
-            made_by: who has made it, for its steps are of one kind: the second pass of guidance has a forward make one.
+            room: the new cache's. Who has made that tells of which kind its steps are: the second pass of guidance has
+                a forward make one.
 
         Returns:
             The graphs on them, for the new cache to keep.
         """
         room.step = ROOM_STEP
-        spare = self._spares.pop(made_by, None)
-        for other in list(self._spares):
-            self._spares[other].passed_over += 1
-            if self._spares[other].passed_over > 1:  # no reply has wanted it since
-                self._spares.pop(other).let_go()
+        spare = self._spares.pop(room.made_by, None)
+        for name, other in list(self._spares.items()):  # of another thread's doing they may be fewer meanwhile
+            other.passed_over += 1
+            if other.passed_over > 1 and self._spares.pop(name, None) is not None:  # no reply has wanted it since
+                other.let_go()
         if spare is not None:
             spare.passed_over = 0
             room.spare, room.let_go = list(spare.tensors), spare.let_go
-        room.made_by = made_by
         return spare
 
     def inherit(self, graphs: CacheGraphs, made_by: str) -> None:
         """A cache is gone, and nobody has a part of its buffers: the next that is made so may have them."""
-        if made_by in self._spares:
-            self._spares[made_by].let_go()
-        self._spares[made_by] = graphs
+        before, self._spares[made_by] = self._spares.get(made_by), graphs
+        if before is not None:
+            before.let_go()
 
     def drop_spare(self) -> bool:
         """Free the buffers that no reply has, and the graphs on them. Returns whether there were any."""
@@ -245,6 +244,7 @@ class CacheGraphs:
         self.window: int | None = None
         self._devices, self._known = of_devices, known
         self.watch = MaskWatch()
+        self._latest_tokens = 0  # of the latest step
         self.passed_over = 0
         self._steps: dict[Any, DecodeGraph] = {}
         self._came: Counter[Any] = Counter()  # how often each kind of step that has no graphs
@@ -286,19 +286,23 @@ class CacheGraphs:
 
     def distrust(self) -> None:
         """A new reply: ask anew what speaks against graphs, and compare a step before they are replayed."""
-        self.refusal = None
+        self.refusal, self.watch = None, MaskWatch()
         for graph in self._steps.values():
             graph.distrust()
 
     def step(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
         """Run one step on the buffers."""
-        graph = self._steps.get(step.graph_key)
-        if graph is None:
+        graph = self._steps.pop(step.graph_key, None)
+        if graph is not None:
+            self._steps[step.graph_key] = graph  # as the latest
+        else:
             self._count(step)
         places = {name: kind.of_step(step.tokens) for name, kind in self._kinds.items()}
         if graph is None:
-            while len(self._steps) >= _MOST_KINDS:  # the oldest goes: somebody calls the model with ever new values
-                self._steps.pop(next(iter(self._steps))).free()
+            while len(self._steps) >= _MOST_KINDS:  # the one that ran longest ago goes
+                oldest = next(iter(self._steps))
+                self._steps.pop(oldest).free()
+                self._came[oldest] = 0
             masks = {name: each.masks for name, each in places.items()}
             graph = self._steps[step.graph_key] = DecodeGraph(step, masks, self._devices, self._known)
 
@@ -306,8 +310,15 @@ class CacheGraphs:
             for name, kind in self._kinds.items():
                 places[name].begin(kind.place, mask, is_one_longer, counter)
 
-        begin(step.mask, is_one_longer=self.watch.is_one_longer(step.mask))
-        output = graph.run(step, begin, functools.partial(self._run_on_buffers, step, run), run, counter)
+        is_one_longer = self.watch.is_one_longer(step.mask) and step.tokens == self._latest_tokens
+        self._latest_tokens = step.tokens
+        try:
+            begin(step.mask, is_one_longer=is_one_longer)
+            output = graph.run(step, begin, functools.partial(self._run_on_buffers, step, run), run, counter)
+        except BaseException:
+            for each in places.values():
+                each.forget()
+            raise
         for layer in step.cache.own_layers:
             layer.advance(step.tokens)
         return output
