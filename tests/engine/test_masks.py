@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from extensions.sharded_kv import shard
+from extensions.sharded_kv.engine import compat
 from extensions.sharded_kv.engine.graphs.kinds import MaskWatch
 from tests import support
 from tools import models
@@ -148,3 +151,84 @@ def test_what_does_not_count_its_changes_is_not_known() -> None:
         grown = longer(mask)
         watch.note_growth(mask, grown)
         assert not watch.is_one_longer(grown)
+
+
+def own_loop(model: Any, cache: Any, steps: list[dict[str, Any]]) -> list[Tensor]:
+    """The logits of steps behind a padded prompt.
+
+    Args:
+        model, cache: what runs.
+        steps: of each how many tokens it has ("tokens", 1), whether it gives positions ("positions") and a mask
+            ("mask": "ours", "hides" some, or None), and how many tokens are taken back after it ("crop").
+    """
+    place = next(model.parameters()).device
+    ids, mask = support.prompts(2).values()
+    ids = torch.cat([ids, torch.randint(5, 150, (2, 64), generator=torch.manual_seed(0))], 1)
+    mask = torch.cat([mask, torch.ones(2, 64, dtype=torch.int64)], 1)
+    positions, logits, begin = (mask.cumsum(-1) - 1).clamp(min=0), [], 0
+    for step in [{"tokens": 9, "positions": True, "mask": "ours"}, *steps]:
+        end = begin + step.get("tokens", 1)
+        given = {"input_ids": ids[:, begin:end]}
+        if step.get("positions"):
+            given["position_ids"] = positions[:, begin:end]
+        if step.get("mask"):
+            given["attention_mask"] = mask[:, :end].clone()
+            if step["mask"] == "hides":
+                given["attention_mask"][:, 3:8] = 0
+        with torch.no_grad():
+            given = {name: tensor.to(place) for name, tensor in given.items()}
+            logits.append(model(**given, past_key_values=cache, use_cache=True).logits.float().cpu())
+        if step.get("crop"):
+            cache.crop(-step["crop"])
+        begin = end - step.get("crop", 0)
+    return logits
+
+
+GIVEN = {"positions": True, "mask": "ours"}
+NOT_GIVEN = {"mask": "ours"}
+LOOPS: dict[str, list[dict[str, Any]]] = {
+    "positions-come-and-go": [GIVEN] * 5 + [NOT_GIVEN] * 3 + [GIVEN] * 5,
+    "a-mask-comes-late": [{}] * 4 + [{"mask": "hides"}] * 4 + [{}] * 3,
+    "other-numbers-of-tokens-between": [
+        *[{"positions": True, "tokens": 3}] * 4,
+        *[{"positions": True, "mask": "hides"}] * 4,
+        {"positions": True, "tokens": 3, "crop": 3},
+        *[{"positions": True}] * 4,
+    ],
+}
+
+
+@pytest.mark.skipif(Version("5") > Version(transformers.__version__), reason="this transformers has caches of tuples")
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])  # the second counts the tokens that a mask shows
+@pytest.mark.parametrize("steps", LOOPS.values(), ids=LOOPS)
+def test_a_step_is_given_what_it_was_called_with(
+    devices: support.Devices, family: str, steps: list[dict[str, Any]]
+) -> None:
+    plain = models.build(family)
+    model = support.spread(models.build(family), devices.up_to(2))
+    sharding = shard(model)
+    sharding.mode = "graph"
+    expected = own_loop(plain, compat.empty_dynamic_cache(plain), steps)
+    for ours, right in zip(own_loop(model, sharding.new_cache(), steps), expected, strict=True):
+        assert torch.allclose(ours, right, atol=1e-3)
+
+
+def test_an_own_way_of_growing_masks_on_the_model_itself_is_obeyed(devices: support.Devices) -> None:
+    def with_own_way(model: Any) -> Any:
+        grow = type(model)._update_model_kwargs_for_generation
+
+        def forget(self: Any, *args: Any, **kwargs: Any) -> Any:
+            grown = grow(self, *args, **kwargs)
+            mask = grown["attention_mask"].clone()
+            mask[:, : mask.shape[1] // 2] = 0
+            return {**grown, "attention_mask": mask}
+
+        model._update_model_kwargs_for_generation = MethodType(forget, model)
+        return model
+
+    places = devices(2)
+    right = replied(with_own_way(models.build("llama")), "cpu")
+    model = support.spread(with_own_way(models.build("llama")), places)
+    shard(model).mode = "graph"
+    assert replied(model, places[0]) == right
+    assert right != replied(models.build("llama"), "cpu")
