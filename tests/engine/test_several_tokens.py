@@ -14,7 +14,7 @@ from torch import Tensor
 
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine import compat
-from extensions.sharded_kv.engine.graphs import eligible, runner
+from extensions.sharded_kv.engine.graphs import capture, decode, eligible, runner
 from tests import support
 from tools import models
 
@@ -141,3 +141,39 @@ def test_a_cache_that_is_cropped_after_each_step_goes_on_in_graphs(
     model, sharding = sharded("llama-gqa", devices)
     assert tokens_of(model, sharding.new_cache()) == tokens_of(plain, compat.empty_dynamic_cache(plain))
     assert steps[3] >= 9
+
+
+class ReadsSeveralBack(torch.nn.Module):
+    """A part of a model that looks at a number on its GPU where several tokens come at once."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.inner(hidden) if hidden.shape[1] == 1 or hidden.abs().max() < 1e9 else hidden
+
+
+def test_steps_that_cannot_be_captured_cost_others_no_graphs(
+    devices: support.Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+
+    class Capture(capture.Capture):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            begun.append(self)
+
+    monkeypatch.setattr(decode, "Capture", Capture)
+    plain = models.build("llama-gqa")
+    model = models.build("llama-gqa")
+    model.model.layers[1].mlp = ReadsSeveralBack(model.model.layers[1].mlp)
+    model = support.spread(model, devices.up_to(2))
+    sharding = shard(model)
+    sharding.mode = "graph"
+    counts = [1, 1, 1, *[3] * 6, 1, 1, 1]
+    expected = logits_of(plain, compat.empty_dynamic_cache(plain), counts, is_padded=False)
+    seen = logits_of(model, sharding.new_cache(), counts, is_padded=False)
+    assert all(torch.allclose(ours, right, atol=1e-3) for ours, right in zip(seen, expected, strict=True))
+    assert sharding.reason_for_eager == ""
+    assert len(begun) == 1

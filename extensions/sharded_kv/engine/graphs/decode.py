@@ -100,7 +100,7 @@ class DecodeGraph:
             self._tensors = {name: torch.empty_like(tensor) for name, tensor in step.tensors.items()}
         if step.graph_key in known:
             (self._way, before), now = known[step.graph_key], Fingerprint(step.model)
-            if before == now:
+            if before == now and self._way in self._ways:
                 self._state, self._fingerprint = State.TRACED, now
 
     def run(

@@ -174,7 +174,7 @@ class GraphRunner:
                     self._refusals[step.graph_key], self._refused = reason, Fingerprint(step.model)
                 else:  # somebody's own error, which the step will raise in eager mode as well
                     step.cache.graphs.refusal = reason
-                step.cache.graphs.free()
+                step.cache.graphs.drop(step)
         logger.debug("A step has failed in graph mode.", exc_info=error)
         self._say(reason, logging.WARNING)
         return reason
@@ -353,6 +353,12 @@ class CacheGraphs:
         finally:
             for layer in step.cache.own_layers:
                 layer.position = layer.shown_length = None
+
+    def drop(self, step: DecodeStep) -> None:
+        """Free the graphs of steps like this one."""
+        graph = self._steps.pop(step.graph_key, None)
+        if graph is not None:
+            graph.free()
 
     def free(self) -> None:
         """Free the graphs."""

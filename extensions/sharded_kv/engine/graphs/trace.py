@@ -59,10 +59,10 @@ class OpTrace(TorchDispatchMode):
         # Some thousand operators come here in a step, so what is done for each is written out.
         if torch.is_inference_mode_enabled():  # operators that consist of others come whole there, views among them
             raise CannotCapture("Part of its forward runs in inference mode.")
-        kind = _kinds[func]
-        if kind.is_suspect:
+        known = _operators[func]
+        if known.is_suspect:
             _check(func, args, kwargs or {})
-        if kind.writes_over and args[0].nbytes == args[0].untyped_storage().nbytes():
+        if known.writes_over and args[0].nbytes == args[0].untyped_storage().nbytes():
             self._written.add(args[0].data_ptr())
         record = self._record
         if kwargs:
@@ -124,7 +124,7 @@ def _check(func: Any, args: Any, kwargs: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Kind:
+class _Operator:
     """What is known of an operator.
 
     Attributes:
@@ -136,23 +136,23 @@ class _Kind:
     writes_over: bool
 
 
-class _Kinds(dict[Any, _Kind]):
+class _Operators(dict[Any, _Operator]):
     """By operator. Asked for each in each step that is traced, so it is found out once."""
 
-    def __missing__(self, func: Any) -> _Kind:
+    def __missing__(self, func: Any) -> _Operator:
         is_suspect = _draws(func) or _depends(func) or func in (_aten.lift_fresh.default, _aten.index.Tensor)
-        self[func] = kind = _Kind(is_suspect, func in _WRITING_OVER)
-        return kind
+        self[func] = known = _Operator(is_suspect, func in _WRITING_OVER)
+        return known
 
 
-_kinds = _Kinds()
+_operators = _Operators()
 
 
 class NumbersByHost(TorchFunctionMode):
-    """Has tensors of Python's numbers be made on the host first, and then moved: that is in a trace's sight.
+    """Makes tensors of Python's numbers on the host, then moves them, which a trace sees.
 
-    torch.tensor(numbers, device=gpu) makes one out of sight of what looks at operators, and so does an index that is a
-    list. Both hold the same numbers in each step, as a rule.
+    It does not see torch.tensor(numbers, device=gpu), nor an index that is a list. Both hold the same numbers in each
+    step, as a rule.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
