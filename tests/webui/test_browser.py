@@ -201,15 +201,19 @@ def test_a_reply_goes_on_when_sharding_is_switched_in_its_midst(page: Any) -> No
         assert page.locator(f"#sharded_kv svg .skv-band.skv-is-{tone}").count() > 0
 
 
-def test_graph_mode_can_be_chosen_while_a_reply_is_written(page: Any) -> None:
+def test_graph_mode_is_chosen_until_somebody_chooses(page: Any) -> None:
+    assert page.locator("#sharded_kv-mode input[value=graph]").is_checked()
+    assert "(graph mode)" in panel(page)
+
+
+def test_eager_and_graph_mode_can_be_chosen_while_a_reply_is_written(page: Any) -> None:
     page.locator("#demo-keep input").click()
     wait_until(page, lambda: "replying" in panel(page))
-    page.locator("#sharded_kv-mode input[value=graph]").click()
-    wait_until(page, lambda: "(graph mode)" in panel(page), seconds=5)
-    written = page.input_value("#demo-chat textarea")
-    wait_until(page, lambda: page.input_value("#demo-chat textarea") not in ("", written))
-    page.locator("#sharded_kv-mode input[value=eager]").click()
-    wait_until(page, lambda: "(eager mode)" in panel(page), seconds=5)
+    for mode in ("eager", "graph"):
+        page.locator(f"#sharded_kv-mode input[value={mode}]").click()
+        wait_until(page, lambda mode=mode: f"({mode} mode)" in panel(page), seconds=5)
+        written = page.input_value("#demo-chat textarea")
+        wait_until(page, lambda written=written: page.input_value("#demo-chat textarea") not in ("", written))
 
 
 def test_keep_generating_writes_one_reply_after_the_other(page: Any) -> None:

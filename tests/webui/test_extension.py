@@ -19,7 +19,7 @@ from torch import nn
 
 from extensions.sharded_kv.engine.metering.meter import Meter
 from extensions.sharded_kv.engine.patches import Patch
-from extensions.sharded_kv.engine.sharding import Sharding
+from extensions.sharded_kv.engine.sharding import MODES, Sharding
 from extensions.sharded_kv.engine.transfers import ForwardState
 from extensions.sharded_kv.webui import extension as extension_module
 from extensions.sharded_kv.webui import host as host_module
@@ -365,13 +365,43 @@ def test_a_model_on_one_gpu_runs_by_graphs(webui: hosts.Webui, places: list[str]
     assert "Graph mode" in webui.extension.state().sentence
 
 
+def test_a_model_in_tuple_caches_runs_eager_by_default_and_the_panel_says_why(
+    webui: hosts.Webui, build: Build, places: list[str], reply: Reply, right: Right
+) -> None:
+    if hasattr(transformers, "DynamicCache"):
+        pytest.skip("this transformers keeps this model's cache in an object")
+    for model in (build(), models.build("llama").to(places[0])):
+        webui.load(model)
+        assert reply(model) == right
+        state = webui.extension.state()
+        assert (state.mode, state.tone) == ("graph", "on")
+        assert "without graphs. This version of transformers keeps this model's cache in tuples" in state.sentence
+    webui.extension.set_mode("eager")
+    state = webui.extension.state()
+    assert state.tone == "idle"
+    assert "Graph mode" not in state.sentence
+
+
 @needs_graphs
-def test_graph_mode_stays_for_the_next_model(webui: hosts.Webui, build: Build, reply: Reply, right: Right) -> None:
-    webui.extension.set_mode("graph")
+def test_a_model_runs_by_graphs_where_nobody_has_chosen(
+    webui: hosts.Webui, model: Any, reply: Reply, right: Right
+) -> None:
+    webui.load(model)
+    assert webui.extension.state().mode == "graph"
+    assert reply(model) == right
+    assert "(graph mode)" in webui.extension.state().sentence
+    assert "without graphs" not in webui.extension.state().sentence
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mode_stays_for_the_next_model(
+    webui: hosts.Webui, build: Build, reply: Reply, right: Right, mode: str
+) -> None:
+    webui.extension.set_mode(mode)
     for _ in range(2):
         model = build()
         webui.load(model)
-        assert "graph mode" in webui.extension.state().sentence
+        assert f"{mode} mode" in webui.extension.state().sentence
         assert reply(model) == right
     assert webui.lines.of("ERROR") == []
 
@@ -379,7 +409,6 @@ def test_graph_mode_stays_for_the_next_model(webui: hosts.Webui, build: Build, r
 @needs_graphs
 def test_the_panel_says_why_a_token_came_without_graphs(webui: hosts.Webui, model: Any, places: list[str]) -> None:
     webui.load(model)
-    webui.extension.set_mode("graph")
     ids = torch.tensor([[5, 6, 7]], device=places[0])
     with torch.no_grad():
         model.generate(
@@ -835,9 +864,11 @@ def test_the_panel_is_in_the_webuis_interface_at_each_start(
     for start in (webui.start, webui.restart):
         with gradio.Blocks() as page:
             start()
-        ids = [part.get("props", {}).get("elem_id") for part in page.get_config_file()["components"]]
+        parts = [part.get("props", {}) for part in page.get_config_file()["components"]]
+        ids = [part.get("elem_id") for part in parts]
         assert ids.count("sharded_kv-activate") == 1
         assert ids.count("sharded_kv-mode") == 1
+        assert parts[ids.index("sharded_kv-mode")]["value"] == "graph"
     assert webui.extension.state().tone == "on"
     assert webui.lines.of("ERROR") == []
 

@@ -540,7 +540,7 @@ def test_a_reply_can_be_switched_off_and_on_in_its_midst(page: Any, webui: Webui
 
 
 def test_graph_mode_writes_the_same_with_a_lora_too(page: Any, webui: Webui, right: Right) -> None:
-    choose_mode(page, "graph")
+    assert page.locator("#sharded_kv-mode input[value=graph]").is_checked()
     assert webui.reply().text == right.reply.text
     assert "without graphs" not in panel(page)
     for call, data, expected in (("load", {"lora_names": [LORA]}, right.with_lora), ("unload", {}, right.reply)):
@@ -550,6 +550,7 @@ def test_graph_mode_writes_the_same_with_a_lora_too(page: Any, webui: Webui, rig
         assert "without graphs" not in panel(page)
     choose_mode(page, "eager")
     assert webui.reply().text == right.reply.text
+    choose_mode(page, "graph")
 
 
 def choose_mode(page: Any, mode: str) -> None:

@@ -96,6 +96,29 @@ def test_settings_yaml_is_heard(version: hosts.Version, open_webui: OpenWebui, m
 
 
 @each_version
+def test_whoever_has_eager_in_settings_yaml_keeps_it(version: hosts.Version, open_webui: OpenWebui, model: Any) -> None:
+    webui = open_webui(version, settings={"sharded_kv-mode": "eager"})
+    webui.start()
+    webui.load(model)
+    webui.restart()
+    assert webui.extension.state().mode == "eager"
+    assert "(eager mode)" in webui.extension.state().sentence
+
+
+@pytest.mark.parametrize("in_file", [None, *MODES])
+@pytest.mark.parametrize("shown", MODES)
+@pytest.mark.parametrize("version", [hosts.V2, hosts.V4], ids=str)
+def test_the_mode_that_one_saves_is_the_one_that_one_sees(
+    version: hosts.Version, open_webui: OpenWebui, in_file: str | None, shown: str
+) -> None:
+    webui = open_webui(version, settings={} if in_file is None else {"sharded_kv-mode": in_file})
+    webui.start()
+    webui.extension.set_mode(shown)
+    webui.restart()
+    assert reopened(open_webui, webui).extension.state().mode == shown
+
+
+@each_version
 def test_a_bad_value_in_settings_yaml_is_warned_of_once_however_often_the_interface_starts(
     version: hosts.Version, open_webui: OpenWebui, model: Any
 ) -> None:

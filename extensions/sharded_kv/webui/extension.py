@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ..engine import text
+from ..engine import compat, text
 from ..engine.sharding import MODES, Sharding, attach
 from . import settings
 from .host import NAME, Host, logger
@@ -151,7 +151,8 @@ class Extension:
         if sharding.failure:
             return "failed", f"{sharding.failure} Tick the box to try again; the log has the details."
         if not sharding.active:
-            return "idle", f"{sharding.reason} {_GRAPHS if sharding.placement.is_one_block else _HELP}"
+            has_graphs = sharding.placement.is_one_block and compat.has_cache_objects()
+            return "idle", f"{sharding.reason} {_GRAPHS if has_graphs else _HELP}"
         unmeasured = f" {sharding.meter.failure} The log has the details." if sharding.meter.failure else ""
         if not sharding.enabled:
             alone = sharding.placement.is_one_block

@@ -45,7 +45,7 @@ def live(state: PanelState) -> str:
         return _panel(
             html(
                 '<div class="skv-empty">Speed, traffic and GPU memory are shown here'
-                " once a model is spread over several GPUs.</div>"
+                " once a model is loaded that sharded_kv can run.</div>"
             )
         )
     snapshot = state.snapshot
