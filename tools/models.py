@@ -49,7 +49,7 @@ class Family:
     """One architecture: what transformers calls it and the settings that make it tiny.
 
     Args:
-        name: the name in `FAMILIES`; two families may share a `model_type`.
+        name: the name in `ALL_FAMILIES`; two families may share a `model_type`.
         model_type: transformers' name of the architecture.
         settings: config fields beyond the ones all families share.
         needs: fields that the architecture's config must know, for variants that came after the architecture did
@@ -71,6 +71,7 @@ _WINDOW = {"sliding_window": 16}
 _GROUPED = {"num_key_value_heads": 2}
 _GATED = {"intermediate_size": 128}
 
+# The families that everything is tried on.
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
@@ -105,6 +106,161 @@ FAMILIES: Mapping[str, Family] = {
         Family("phi", "phi", _GATED),
     )
 }
+
+# As few layers as most families' patterns need, and as there are devices to spread them over: these families are many.
+_FEW = {"num_hidden_layers": 4}
+_DENSE = {**_FEW, **_GATED, **_GROUPED}
+_SIZED = {**_DENSE, "head_dim": 16}
+_BY_TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 2, **_WINDOW}
+_RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * 2}
+# Experts, as Mixtral, Qwen and DeepSeek call them.
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHARED = {"shared_expert_intermediate_size": 32}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_EACH_LAYER = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 16}
+
+# What else people load today: built, saved, spread and tried in graph mode.
+MORE_FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "llama4",
+            "llama4_text",
+            {
+                **_SIZED,
+                **_LOCAL,
+                "layer_types": ["chunked_attention", "full_attention"] * 2,
+                "attention_chunk_size": 16,
+                "interleave_moe_layer_step": 2,
+                "intermediate_size_mlp": 128,
+            },
+        ),
+        Family("ministral", "ministral", {**_SIZED, **_WINDOW}),
+        Family("qwen2-moe", "qwen2_moe", {**_DENSE, **_EXPERTS, **_SHARED}),
+        Family("qwen3", "qwen3", _SIZED, gain=3.5),
+        Family("qwen3-moe", "qwen3_moe", {**_SIZED, **_EXPERTS}),
+        Family("qwen3-next", "qwen3_next", {**_SIZED, **_RECURRENT, **_DELTA, **_EXPERTS, **_SHARED}),
+        Family("qwen3.5", "qwen3_5_text", {**_SIZED, **_RECURRENT, **_DELTA}, gain=1.8),
+        Family("gemma", "gemma", _SIZED),
+        Family(
+            "gemma3n",
+            "gemma3n_text",
+            {
+                **_SIZED,
+                **_BY_TURNS,
+                **_EACH_LAYER,
+                "num_kv_shared_layers": 2,
+                "laurel_rank": 8,
+                "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+            },
+        ),
+        Family("gemma4", "gemma4_text", {**_SIZED, **_BY_TURNS, **_EACH_LAYER}),
+        Family("gpt-oss", "gpt_oss", {**_SIZED, **_BY_TURNS, **_LOCAL}),
+        Family("phi3", "phi3", {**_DENSE, **_WINDOW}),
+        Family("phimoe", "phimoe", {**_DENSE, **_LOCAL}),
+        Family("cohere", "cohere", _DENSE),
+        Family("cohere2", "cohere2", {**_SIZED, **_BY_TURNS}),
+        Family("olmo", "olmo", _DENSE),
+        # Both norm what a layer adds, and what attention reads: how much depends on the weights in another way.
+        Family("olmo2", "olmo2", _DENSE, gain=1.2),
+        Family("olmo3", "olmo3", {**_DENSE, **_BY_TURNS}, gain=4.0),
+        Family("olmoe", "olmoe", {**_DENSE, **_EXPERTS}),
+        Family("granite", "granite", _DENSE),
+        Family("granite-moe", "granitemoe", {**_DENSE, **_LOCAL}),
+        Family(
+            "granite-hybrid",
+            "granitemoehybrid",
+            {**_DENSE, **_RECURRENT, **_MAMBA, **_LOCAL, "shared_intermediate_size": 64},
+        ),
+        Family("glm", "glm", _SIZED),
+        Family("glm4", "glm4", _SIZED),
+        Family("glm4-moe", "glm4_moe", {**_SIZED, **_ROUTED}),
+        Family("deepseek-v2", "deepseek_v2", {**_FEW, **_GATED, **_LATENT, **_ROUTED}),
+        Family("deepseek-v3", "deepseek_v3", {**_FEW, **_GATED, **_LATENT, **_ROUTED}),
+        Family("minicpm3", "minicpm3", {**_FEW, **_GATED, **_LATENT}),
+        Family("starcoder2", "starcoder2", {**_DENSE, **_WINDOW}),
+        Family("stablelm", "stablelm", _DENSE),
+        Family("falcon-alibi", "falcon", {**_FEW, "multi_query": True, "alibi": True}),
+        Family("falcon-h1", "falcon_h1", {**_SIZED, **_MAMBA, "mamba_d_ssm": 128}),
+        Family("gpt2", "gpt2", _FEW, gain=3.0),
+        Family("gpt-neo", "gpt_neo", {**_FEW, "attention_types": [[["global", "local"], 2]], "window_size": 16}),
+        Family("gpt-bigcode", "gpt_bigcode", _FEW),
+        Family("codegen", "codegen", {**_FEW, "rotary_dim": 8}, gain=2.6),
+        Family("smollm3", "smollm3", _DENSE),
+        Family("exaone4", "exaone4", {**_DENSE, **_BY_TURNS}),
+        Family("nemotron", "nemotron", _SIZED),
+        Family(
+            "nemotron-h",
+            "nemotron_h",
+            {
+                **_SIZED,
+                **_ROUTED,
+                "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+                "mamba_num_heads": 8,
+                "mamba_head_dim": 16,
+                "ssm_state_size": 8,
+                "n_groups": 1,
+                "chunk_size": 16,
+                "moe_shared_expert_intermediate_size": 32,
+            },
+        ),
+        Family(
+            "jamba",
+            "jamba",
+            {
+                **_DENSE,
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "num_experts": 4,
+                "use_mamba_kernels": False,
+                "mamba_d_state": 8,
+                "mamba_dt_rank": 8,
+            },
+        ),
+        Family("bamba", "bamba", {**_DENSE, **_MAMBA, "attn_layer_indices": [1, 3]}),
+        # Before it had this field, it took no attention mask.
+        Family("mamba", "mamba", {**_FEW, "state_size": 8, "time_step_rank": 8}, needs=("use_associative_scan",)),
+        Family(
+            "mamba2",
+            "mamba2",
+            {**_FEW, "num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+        ),
+        Family("recurrent-gemma", "recurrent_gemma", {**_FEW, **_GATED, "lru_width": 64, "attention_window_size": 16}),
+        Family(
+            "lfm2",
+            "lfm2",
+            {**_DENSE, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        ),
+        Family("minimax", "minimax", {**_SIZED, **_LOCAL, "block_size": 16}),
+        Family("minimax-m2", "minimax_m2", {**_SIZED, **_LOCAL}),
+        Family("seed-oss", "seed_oss", _SIZED),
+        Family("ernie4.5", "ernie4_5", _SIZED),
+        Family("hunyuan", "hunyuan_v1_dense", _SIZED),
+        # Its activation grows with the square: that of a larger MLP drowns what attention adds.
+        Family("apertus", "apertus", {**_DENSE, "intermediate_size": 32}, gain=1.4),
+        Family("arcee", "arcee", _SIZED),
+        Family("helium", "helium", _SIZED),
+    )
+}
+ALL_FAMILIES: Mapping[str, Family] = {**FAMILIES, **MORE_FAMILIES}
+# Without T5, which has an encoder as well.
+DECODERS = tuple(name for name, family in ALL_FAMILIES.items() if not family.is_encoder_decoder)
 
 _TINY = {
     "vocab_size": VOCAB_SIZE,
@@ -203,7 +359,7 @@ def available(name: str) -> bool:
     """Whether the installed transformers knows the family, its generation and the config fields it needs.
 
     Raises:
-        KeyError: `name` is none of `FAMILIES`.
+        KeyError: `name` is none of `ALL_FAMILIES`.
     """
     family = _family(name)
     if family.model_type not in CONFIG_MAPPING:
@@ -213,14 +369,17 @@ def available(name: str) -> bool:
 
 
 def config(name: str, **overrides: Any) -> PretrainedConfig:
-    """The config of a tiny model: six layers (T5: six and six), hidden size 64, four heads, 160 tokens, 512 positions.
+    """The config of a tiny model: hidden size 64, four heads, 160 tokens, 512 positions.
+
+    It has six layers (T5: six and six), and four in `MORE_FAMILIES`. Where layers differ, a setting says what each of
+    them is (`layer_types`): who overrides their number overrides that as well.
 
     Args:
-        name: one of `FAMILIES`.
+        name: one of `ALL_FAMILIES`.
         overrides: config fields to set instead, by the common names (`num_hidden_layers`) or the family's (`n_layer`).
 
     Raises:
-        KeyError: `name` is none of `FAMILIES`.
+        KeyError: `name` is none of `ALL_FAMILIES`.
         NotImplementedError: the installed transformers does not have this family.
     """
     family = _family(name)
@@ -253,15 +412,18 @@ def build(
 ) -> PreTrainedModel:
     """A model in eval mode whose weights are random but always the same, on every device and however often it is built.
 
+    Only vectors that transformers initialises at random (time steps of recurrent layers, attention sinks) differ
+    between CPU and GPU.
+
     Args:
-        model: one of `FAMILIES`, or a config as from `real_config`.
+        model: one of `ALL_FAMILIES`, or a config as from `real_config`.
         dtype: of the weights; they are drawn in fp32, so models of two dtypes differ by rounding alone.
         device: where the weights are made: a real-size model needs no room on the CPU.
         seed: other seed, other weights. The global random state is left as it was.
         overrides: config fields to set instead (with a family's name only).
 
     Raises:
-        KeyError: `model` is a string and none of `FAMILIES`.
+        KeyError: `model` is a string and none of `ALL_FAMILIES`.
         NotImplementedError: the installed transformers does not have this family.
         TypeError: overrides together with a config.
     """
@@ -273,7 +435,7 @@ def build(
         made, gain = model, GAIN
     auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     device = _as_device(device)
-    with _untouched_random_state(device), torch.device(device):
+    with _random_state_of(seed, device), torch.device(device):
         built = auto.from_config(made, torch_dtype=dtype)
     _draw_weights(built, seed, gain)
     return built.eval()
@@ -285,7 +447,7 @@ def save(name: str, folder: str | Path, shards: int = 3, **build_options: Any) -
     The weights are in the format that the installed transformers writes by default (safetensors; pickled before 4.35).
 
     Args:
-        name: one of `FAMILIES`.
+        name: one of `ALL_FAMILIES`.
         folder: made if it is not there.
         shards: about how many weight files.
         build_options: passed to `build`.
@@ -359,9 +521,9 @@ def device_map(
 
 
 def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise KeyError(f"No family is called {name!r}. There are: {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+    if name not in ALL_FAMILIES:
+        raise KeyError(f"No family is called {name!r}. There are: {', '.join(ALL_FAMILIES)}.")
+    return ALL_FAMILIES[name]
 
 
 def _make_config(family: Family, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> PretrainedConfig:
@@ -378,10 +540,16 @@ def _as_device(device: Device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _untouched_random_state(device: torch.device) -> Iterator[None]:
-    """Gives the CPU's and the device's random state back as they were: transformers initialises weights from them."""
+def _random_state_of(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the CPU's and the device's random state, and gives them back as they were.
+
+    transformers initialises weights from them, of which those with one dimension are kept.
+    """
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked):
+        torch.default_generator.manual_seed(seed)
+        for gpu in forked:
+            torch.cuda.default_generators[gpu.index or 0].manual_seed(seed)
         yield
 
 

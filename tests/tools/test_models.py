@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from accelerate.utils.modeling import check_device_map
@@ -13,13 +15,20 @@ from tools import models
 TEXT = "Hello,  world!\n  x = {1}; # 100% of ~it\tstays"
 PROMPT = torch.arange(20, 40)[None]  # longer than the sliding window
 
-every_family = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(not models.available(name), reason=f"this stack has no {name}"))
-        for name in models.FAMILIES
-    ],
-)
+
+def each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Tries the families that this stack has."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(not models.available(name), reason=f"this stack has no {name}"))
+            for name in names
+        ],
+    )
+
+
+every_family = each(models.ALL_FAMILIES)
+every_main_family = each(models.FAMILIES)
 every_available_size = pytest.mark.parametrize(
     ("name", "billions"),
     [
@@ -52,7 +61,7 @@ class TestBuilding:
     def test_the_same_tokens_come_out_of_every_build(self, name):
         assert generate(models.build(name)) == generate(models.build(name))
 
-    @every_family
+    @every_main_family
     def test_another_seed_gives_another_model(self, name):
         assert not torch.equal(logits(models.build(name, seed=0)), logits(models.build(name, seed=1)))
 
@@ -60,13 +69,13 @@ class TestBuilding:
     def test_the_tokens_are_no_constant_repetition(self, name):
         assert len(set(generate(models.build(name), tokens=24))) >= 4
 
-    @every_family
+    @every_main_family
     def test_fp16_is_finite(self, name):
         model = models.build(name, dtype=torch.float16)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
         assert logits(model).isfinite().all()
 
-    @every_family
+    @every_main_family
     def test_overrides_go_by_the_common_names(self, name):
         assert len(models.block_names(models.build(name, num_hidden_layers=3))) in (3, 9)  # T5: 3 and 6
 
@@ -104,11 +113,11 @@ class TestBuilding:
 class TestSaving:
     @every_family
     def test_a_loaded_checkpoint_gives_the_same_logits(self, name, tmp_path):
-        auto = AutoModelForSeq2SeqLM if models.FAMILIES[name].is_encoder_decoder else AutoModelForCausalLM
+        auto = AutoModelForSeq2SeqLM if models.ALL_FAMILIES[name].is_encoder_decoder else AutoModelForCausalLM
         loaded = auto.from_pretrained(models.save(name, tmp_path)).eval()
         assert torch.equal(logits(loaded), logits(models.build(name)))
 
-    @every_family
+    @every_main_family
     def test_the_tokenizer_gives_a_text_back(self, name, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(models.save(name, tmp_path))
         text = TEXT.replace("\t", " ")
@@ -142,7 +151,7 @@ class TestSpreading:
         for parameter, _ in model.named_parameters():
             assert sum(parameter == key or parameter.startswith(f"{key}.") for key in placed) == 1, parameter
 
-    @every_family
+    @every_main_family
     def test_weights_that_are_shared_are_on_one_device(self, name):
         model = models.build(name)
         placed = models.device_map(model, ["a", "b"])
@@ -160,7 +169,7 @@ class TestSpreading:
         assert layers == sorted(layers)
         assert set(layers) == {"a", "b", "c"}
 
-    @every_family
+    @every_main_family
     def test_embeddings_and_rotary_tables_are_on_the_first_device(self, name):
         model = models.build(name)
         placed = models.device_map(model, ["a", "b"])
