@@ -12,17 +12,15 @@ import functools
 import inspect
 import logging
 import statistics
-import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import text
+from .. import interfaces, text
 from .capture import free_generator, without_collections
 from .trace import CannotCapture
 
@@ -190,61 +188,19 @@ if not hasattr(torch.ops.sharded_kv, "attend"):
 # --- in the place of transformers' ----------------------------------------------------------------------------------
 
 
-class _Here(threading.local):
-    """Of this thread: whether it runs a step over buffers."""
-
-    is_over_buffers = False
-
-
-_here = _Here()
-_installing = threading.Lock()
-_users: Counter[str] = Counter()  # by the name in whose place ours is registered
-
-
-def _interface() -> Any:
-    """Where transformers has its attentions by name, since 4.51; None before, and where torch knows no groups."""
-    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    return interface if _KNOWS_GROUPS else None
-
-
 def can_replace(name: Any) -> bool:
     """Whether ours can take the place of a model's attention of this name over buffers."""
-    interface = _interface()
-    return interface is not None and name in interface()
+    return _KNOWS_GROUPS and interfaces.has("attention", name)
 
 
-@contextlib.contextmanager
-def over_buffers(name: str) -> Iterator[None]:
+def over_buffers(name: str) -> contextlib.AbstractContextManager[None]:
     """Within, the attention of this thread's forwards is ours, where it is transformers' attention of this name.
 
     Args:
         name: of the model's attention. One that takes no mask as ours has, such as flash attention, has sdpa's in its
             place where ours does not do.
     """
-    if not can_replace(name):
-        yield
-        return
-    interface = _interface()
-    with _installing:
-        if not _users[name]:
-            interface.register(name, functools.partial(_instead_of, name, interface()[name]))
-        _users[name] += 1
-    was_over_buffers, _here.is_over_buffers = _here.is_over_buffers, True
-    try:
-        yield
-    finally:
-        _here.is_over_buffers = was_over_buffers
-        with _installing:
-            _users[name] -= 1
-            ours = interface()[name]
-            if not _users[name] and _original(ours) is not ours:
-                interface.register(name, _original(ours))
-
-
-def _original(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """What ours is in the place of; another's as it is."""
-    is_ours = isinstance(attention, functools.partial) and attention.func is _instead_of
-    return attention.args[1] if is_ours else attention  # type: ignore[attr-defined]
+    return interfaces.replaced("attention", name, _instead_of) if can_replace(name) else contextlib.nullcontext()
 
 
 def _instead_of(
@@ -260,17 +216,14 @@ def _instead_of(
     **kwargs: Any,
 ) -> Any:
     """transformers' attention: by our operator if it is of one token and a mask."""
-    if _here.is_over_buffers:
-        if name != _SDPA:
-            if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-                raise CannotCapture(
-                    f"Its attention is {name}, with soft caps or sinks: graph mode needs sdpa or eager."
-                )
-            theirs = _interface()()[_SDPA]
-        if not args and _is_ours(theirs, module, query, key, value, attention_mask, kwargs):
-            scale = kwargs.get("scaling")
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            return torch.ops.sharded_kv.attend(query, key, value, attention_mask, scale), None
+    if name != _SDPA:
+        if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+            raise CannotCapture(f"Its attention is {name}, with soft caps or sinks: graph mode needs sdpa or eager.")
+        theirs = interfaces.table("attention")()[_SDPA]
+    if not args and _is_ours(theirs, module, query, key, value, attention_mask, kwargs):
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.sharded_kv.attend(query, key, value, attention_mask, scale), None
     return theirs(module, query, key, value, attention_mask, *args, **kwargs)
 
 
