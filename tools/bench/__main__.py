@@ -4,7 +4,8 @@
 patch and sharded_kv: seconds/token, first token and peak VRAM, of models of real size with random weights. All variants
 reply by turns in one process, so that what else the machine does falls on all alike, and ratios are taken within each
 round. `--json FILE` keeps every sample; `--table FILE ... --write README.md` makes the README's table of such files.
-`--attention` times the attention of graph mode alone, by each way that the GPU has.
+`--attention` times the attention of graph mode alone, by each way that the GPU has; `--prompts` the first token of long
+prompts, and of a chat's next message.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 import transformers
 
 from .. import models, quantized, simulated
-from . import attention, tables
+from . import attention, prompts, tables
 from .records import Result, Setting
-from .running import run
+from .running import TOLERANCES, run
 from .variants import ONE_GPU, VARIANTS, default_variants, graphed, has_graphs
 
 FEWEST_TOKENS = 4  # of a reply: the step to the second is not timed, and that to the last not by transformers 4.28
@@ -60,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     setting = _setting(options, parser)
     transformers.logging.set_verbosity_error()
+    if options.prompts and options.check:
+        differences = prompts.check(setting)
+        print("\n".join(f"{name}: {difference:.2g}" for name, difference in differences.items()))
+        allowed = max(TOLERANCES[setting.dtype], 3 * differences["itself"])
+        return 1 if max(differences.values()) > allowed else 0
+    if options.prompts:
+        lengths = options.lengths or (prompts.LENGTHS if setting.devices.startswith("cuda") else (64, 256))
+        print(prompts.run(setting, lengths, options.chunks or (), options.json))
+        return 0
     result = run(setting, options.check)
     print(tables.in_markdown([result]))
     if options.json:
@@ -147,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
     parser.add_argument("--check", action="store_true", help="compare logits with one GPU's; fail if they differ")
     parser.add_argument("--attention", action="store_true", help="time graph mode's attention alone, each way of it")
+    parser.add_argument("--prompts", action="store_true", help="time the first token, of prompts and next messages")
+    parser.add_argument("--lengths", type=_positive, nargs="+", help="with --prompts: their tokens")
+    parser.add_argument("--chunks", type=_positive, nargs="+", help="with --prompts: sizes of chunks to try as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every sample")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="measure nothing: a table of such files")
     parser.add_argument(

@@ -105,7 +105,7 @@ def reply(setting: Setting, variant: Variant, model: Any, prompts: Tensor, round
     """Have one variant reply once."""
     devices, clock = setting.torch_devices, _Clock(setting.torch_devices)
     prompts = prompts.to(devices[0])
-    with variant.applied(model), _no_collections():
+    with variant.applied(model), no_collections():
         others = {device: device_memory.allocated(device).now - bytes_on(device, model) for device in devices}
         for device in devices:
             device_memory.runtime(device).reset_peak_memory_stats(device)
@@ -153,7 +153,7 @@ def generate(model: Any, prompts: Tensor, new_tokens: int, **options: Any) -> No
 
 
 @contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Python collects its garbage before and not inside, so that none of it falls on one variant."""
     gc.collect()
     gc.disable()

@@ -25,6 +25,7 @@ from .gate import Gate
 from .graphs.eligible import NotEligible
 from .patches import Patch, PatchSet, UnhookPatch, wrap, wrap_like
 from .placement import CACHE_NAME, Block, Container, Placement, join
+from .prompts.prompt import Part, Prompts
 from .transfers import ForwardState, TrafficCounter, first_device, tensors_in
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Runtime:
     Attributes:
         patches: our forwards, while they are on the model; else None.
         runners: by a container's name, what runs its decode steps as graphs.
+        prompts: how prompts are read, and what is kept of them.
         is_given_up: our forwards could not be taken off after an error: those that are left do nothing.
     """
 
@@ -74,6 +76,7 @@ class Runtime:
         self.thread = ThisThread()
         self.patches: EagerPatches | None = None
         self.runners: dict[str, GraphRunner] = {}
+        self.prompts = Prompts()
         self.is_given_up = False
         self._switches = weakref.ref(switches)
 
@@ -119,6 +122,8 @@ class Runtime:
         state = self.thread.state
         if state is None:
             return self._run_block_alone(block, inner, hooked, args, kwargs)
+        if block is state.skipped:
+            return next(tensors_in((args, kwargs)))
         try:
             device = block.device
             if device != state.device:
@@ -136,6 +141,7 @@ class Runtime:
             return self._run_block_alone(block, inner, hooked, args, kwargs)
         with our_part():
             home = state.home if block.returns_to == "model" else first_device((args, kwargs))
+            home = None if block is state.skipped else home
         output = self.run_block(block, inner, hooked, *args, **kwargs)
         with our_part():
             return output if home is None else state.move_home(output, home, _CACHES)
@@ -172,10 +178,35 @@ class Runtime:
             return self._run_within(state, container, inner, args, kwargs)
         if self.is_given_up:
             return hooked(*args, **kwargs)
+        reply = self.thread.reply
+        if reply is not None and reply.prompt is not None and not args and self.is_on():
+            prompt, cache = reply.prompt, kwargs.get(CACHE_NAME)
+            if cache is not None and cache is prompt.cache:
+                reply.prompt = None
+                try:
+                    output = prompt.run(kwargs, functools.partial(self._run_step, container, inner, hooked, ()))
+                    reply.recording.kept_tokens = prompt.kept
+                except Exception as error:
+                    if prompt.in_forward:  # it has been dealt with, or is the model's own
+                        raise
+                    self._step_aside(error)
+                    if not compat.truncate_cache(cache, prompt.kept):
+                        raise
+                    cache.become_plain()
+                    return hooked(**kwargs)
+                return output
         return self._run_step(container, inner, hooked, args, kwargs)
 
-    def _run_step(self, container: Container, inner: Forward, hooked: Forward, args: Any, kwargs: Any) -> Any:
-        """Run a forward of the model.
+    def _run_step(
+        self,
+        container: Container,
+        inner: Forward,
+        hooked: Forward,
+        args: Any,
+        kwargs: Any,
+        part: Part | None = None,
+    ) -> Any:
+        """Run a forward of the model, which may read a part of a prompt.
 
         If memory runs out, it is run again without room ahead in the cache; if we fail in it, accelerate runs it again.
         """
@@ -189,7 +220,9 @@ class Runtime:
                     patches = self.patches
                     if patches is None or patches.hold:
                         runner, output = self.runners.get(container.name), None
-                        if runner is not None:
+                        if runner is not None and part is not None:
+                            runner.note_prompt()
+                        elif runner is not None:
                             with contextlib.suppress(NotEligible):
                                 run = functools.partial(self._run_eager, container, inner, ())
                                 output = runner.step(args, kwargs, run)
@@ -197,7 +230,7 @@ class Runtime:
                             for missed in self.runners.values():
                                 missed.note_missed()
                         if output is None:
-                            output = self._run_eager(container, inner, args, kwargs, self.counter)
+                            output = self._run_eager(container, inner, args, kwargs, self.counter, part=part)
                         with our_part():
                             if cache is None:
                                 self._take_cache(output, container.name)
@@ -230,12 +263,15 @@ class Runtime:
         kwargs: Any,
         counter: TrafficCounter,
         copies: Sequence[tuple[Tensor, Tensor]] = (),
+        part: Part | None = None,
     ) -> Any:
         """Run a forward of the model block by block. Of `copies` the second of a pair is a copy of the first."""
         thread = self.thread
         outer, state = thread.state, ForwardState(container, counter)
         for tensor, copy in copies:
             state.remember(tensor, copy)
+        if part == "chunk" and self.patches is not None:
+            state.keeps_output, state.skipped = True, self.patches.head
         thread.state = state
         try:
             return self._run_within(state, container, inner, args, kwargs)
@@ -261,7 +297,7 @@ class Runtime:
             output = inner(*args, **kwargs)
         finally:
             state.home = outer_home
-        if home is None:
+        if home is None or (state.keeps_output and state.owner is container):
             return output
         try:
             # After the model's own output there is no other block to take it from where it was.
@@ -282,7 +318,7 @@ class Runtime:
 
         Given back are the buffers that no reply has, and the room ahead in the cache.
         """
-        spare = [runner.drop_spare() for runner in self.runners.values()]
+        spare = [self.prompts.kept.drop(), *[runner.drop_spare() for runner in self.runners.values()]]
         if compat.is_own_cache(cache) and length is not None and cache.give_room_back(length):
             return True
         return any(spare) and compat.truncate_cache(cache, length)
@@ -360,12 +396,22 @@ class _Anchor:
 
 
 class EagerPatches(PatchSet):
-    """Our forwards on one model."""
+    """Our forwards on one model.
+
+    Attributes:
+        model: as below, held weakly.
+        head: the block that makes the logits; None if it is a part of one.
+    """
 
     def __init__(self, model: nn.Module, placement: Placement, runtime: Runtime) -> None:
         compat.keep_untraced(Runtime, ForwardState, Gate, compat, errors)
         self.model = weakref.ref(model)
-        patches = list(_forward_patches(dict(model.named_modules()), placement, runtime))
+        modules = dict(model.named_modules())
+        patches = list(_forward_patches(modules, placement, runtime))
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self.head = next(
+            (block for block in placement.blocks if head is not None and modules[block.name] is head), None
+        )
         by_owner = {patch.owner: patch for patch in patches}
         self._anchors = []
         for stage in placement.stages:

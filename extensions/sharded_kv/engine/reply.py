@@ -15,6 +15,8 @@ from .eager import Runtime, ThisThread
 from .metering.meter import Meter
 from .patches import Patch, PatchSet, wrap_like
 from .placement import CACHE_NAME, Placement
+from .prompts.prompt import Prompt, suits
+from .transfers import is_plain
 
 if TYPE_CHECKING:
     from .metering.recorder import Recording
@@ -22,6 +24,36 @@ if TYPE_CHECKING:
 # Where `generate` of transformers takes them if they are given by position, in every version.
 _CONFIG_POSITION = 1
 _CRITERIA_POSITION = 3
+# What generate() takes beside its settings that changes nothing of how a prompt is read.
+_HARMLESS = frozenset(
+    {
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "streamer",
+        "synced_gpus",
+        "prefix_allowed_tokens_fn",
+        "negative_prompt_ids",
+        "negative_prompt_attention_mask",
+        "attention_mask",
+    }
+)
+# Settings with which a prompt is more than one text that is read once, or its hidden states are asked for.
+_OTHER_WAYS = {
+    "use_cache": True,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "prefill_chunk_size": None,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "is_assistant": False,
+    "use_mtp": False,
+    "cache_implementation": None,
+}
 
 
 class Reply:
@@ -36,37 +68,110 @@ class Reply:
         recording: as above.
         awaits_cache: generate() has not made its cache yet.
         longest: for how many tokens its cache needs room ahead; None if nobody knows.
+        ids: [1, tokens], of the one text that is its prompt; None for other replies.
+        prompt: what it has to read, once its cache is made and until that is read.
     """
 
     def __init__(self, recording: Recording, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.recording = recording
         # A cache that the caller has made stays the caller's.
         self.awaits_cache = kwargs.get(CACHE_NAME) is None and compat.has_cache_objects()
-        self.longest = _longest(model, args, kwargs)
+        settings = _Settings(model, args, kwargs)
+        self.longest = _longest(settings, args, kwargs)
+        self.ids: Tensor | None = _one_text(settings, args, kwargs) if self.awaits_cache else None
+        self.prompt: Prompt | None = None
+        self._read: Prompt | None = None
         kept: Any = kwargs.get(CACHE_NAME)
         if compat.is_own_cache(kept):
             kept.begin_reply(self.longest)
 
+    def begin_prompt(self, runtime: Runtime, model: Any, generator: str, given: dict[str, Any]) -> Any:
+        """Its cache, in the place of the one that generate() has made; with it, what is to be read.
 
-def _longest(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        Args:
+            runtime: of the model.
+            model: whose generate() it is.
+            generator: its name.
+            given: what the model will be called with, beside ids; among it the cache that was made.
+        """
+        self.awaits_cache = False
+        made, mask = given[CACHE_NAME], given.get("attention_mask")
+        if (
+            self.ids is None
+            or not runtime.prompts.concern(self.ids.shape[1])
+            or not suits(model, self.ids.shape[1])
+            or not (mask is None or bool(mask.all()))
+        ):
+            return runtime.own_cache(made, generator, "generate")
+        prompt = Prompt(runtime.prompts, model, generator, self.ids)
+        cache = prompt.take_kept() if compat.own_cache_class().can_replace(made) else None
+        if cache is None:
+            cache = prompt.cache = runtime.own_cache(made, generator, "generate")
+        else:
+            cache.begin_reply(self.longest)
+        if compat.is_own_cache(cache):
+            self.prompt = self._read = prompt
+        return cache
+
+    def end(self, ids: Tensor | None) -> None:
+        """It is over: its cache may serve the next. `ids`, [rows, tokens], are of prompt and reply."""
+        read, self.prompt, self._read = self._read, None, None
+        if read is not None:
+            read.end(ids, self.recording.first_seconds)
+
+
+class _Settings:
+    """What a call of `generate()` says of its settings, or else the generation config that it uses."""
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[_CONFIG_POSITION] if len(args) > _CONFIG_POSITION else kwargs.get("generation_config")
+        self._kwargs, self._config = kwargs, given or getattr(model, "generation_config", None)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._kwargs.get(name)
+        return getattr(self._config, name, None) if value is None else value
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it is the name of a setting."""
+        return hasattr(self._config, name)
+
+
+def _one_text(settings: _Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The ids, [1, tokens], of a reply whose prompt is one text without padding, and nothing but that; else None."""
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    mask = kwargs.get("attention_mask")
+    others = [
+        name
+        for name, value in kwargs.items()
+        if value is not None
+        and name not in ("input_ids", "inputs", *_HARMLESS)
+        and not (name in settings and is_plain(value))
+    ]
+    if (
+        others
+        or not isinstance(ids, Tensor)
+        or ids.dim() != 2
+        or ids.shape[0] != 1
+        or ids.is_floating_point()
+        or any(settings[name] not in (None, usual) for name, usual in _OTHER_WAYS.items())
+        or any(each is not None for each in args[_CRITERIA_POSITION + 3 :])
+        or not (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape))
+    ):
+        return None
+    return ids
+
+
+def _longest(settings: _Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """For how many tokens a reply's cache needs room ahead; None if nobody knows how long the reply may get.
 
     Its last token is not read again. The one before makes room for itself: so no more memory is taken at any time than
     transformers takes at the end, to the byte.
     """
-    given = args[_CONFIG_POSITION] if len(args) > _CONFIG_POSITION else kwargs.get("generation_config")
-    config = given or getattr(model, "generation_config", None)
-
-    def limit(name: str) -> int | None:
-        value = kwargs.get(name)
-        value = getattr(config, name, None) if value is None else value
-        return value if isinstance(value, int) else None
-
-    new_tokens, tokens = limit("max_new_tokens"), limit("max_length")
-    if new_tokens is not None:
+    new_tokens, tokens = settings["max_new_tokens"], settings["max_length"]
+    if isinstance(new_tokens, int):
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         tokens = ids.shape[1] + new_tokens if isinstance(ids, Tensor) and ids.dim() == 2 else None
-    return None if tokens is None else tokens - 2
+    return tokens - 2 if isinstance(tokens, int) else None
 
 
 class ReplyPatches(PatchSet):
@@ -105,7 +210,7 @@ class ReplyPatches(PatchSet):
 
 def _patches(module: Any, name: str, runtime: Runtime, meter: Meter) -> Iterator[Patch]:
     generate = module.generate
-    yield Patch(module, "generate", wrap_like(_run_reply, runtime.thread, meter, generate, like=generate))
+    yield Patch(module, "generate", wrap_like(_run_reply, runtime, meter, generate, like=generate))
     method = compat.cache_preparing_method(type(module))
     if method:
         prepare = getattr(module, method)
@@ -124,16 +229,21 @@ def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, 
         name: of the container that generates.
         prepare: generate()'s own method.
     """
-    prepared = prepare(*args, **kwargs)
     reply = runtime.thread.reply
-    if reply is not None and reply.awaits_cache:
-        try:
-            model_kwargs = next(value for value in (*args, *kwargs.values()) if type(value) is dict)
-            if runtime.is_on() and model_kwargs.get(CACHE_NAME) is not None:
-                reply.awaits_cache = False
-                model_kwargs[CACHE_NAME] = runtime.own_cache(model_kwargs[CACHE_NAME], name, "generate")
-        except Exception as error:  # the reply goes on with generate()'s own
-            runtime.note_failure(error)
+
+    def take_place() -> None:
+        if reply is not None and reply.awaits_cache:
+            try:
+                model_kwargs = next(value for value in (*args, *kwargs.values()) if type(value) is dict)
+                if runtime.is_on() and model_kwargs.get(CACHE_NAME) is not None:
+                    module = getattr(prepare, "__self__", None)
+                    model_kwargs[CACHE_NAME] = reply.begin_prompt(runtime, module, name, model_kwargs)
+            except Exception as error:  # the reply goes on with generate()'s own
+                runtime.note_failure(error)
+
+    take_place()  # before transformers 4.45 it is there, and asked at once how much it holds
+    prepared = prepare(*args, **kwargs)
+    take_place()
     return prepared
 
 
@@ -157,11 +267,12 @@ def _grow_mask(
     return grown
 
 
-def _run_reply(thread: ThisThread, meter: Meter, generate: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _run_reply(runtime: Runtime, meter: Meter, generate: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Run `generate()`. Of a wrapper's and that of the model in it (Peft, AutoGPTQ), the outer one is the reply."""
+    thread = runtime.thread
     if thread.reply is not None:
         return generate(*args, **kwargs)
-    recording = meter.begin()
+    recording, reply = meter.begin(), None
     try:
         reply = Reply(recording, getattr(generate, "__self__", None), args, kwargs)
         if len(args) > _CRITERIA_POSITION and _takes_criteria_by_position(generate):
@@ -177,6 +288,12 @@ def _run_reply(thread: ThisThread, meter: Meter, generate: Callable[..., Any], /
     finally:
         thread.reply = None
         recording.end()
+        ids, recording.ids = recording.ids, None
+        try:
+            if reply is not None and runtime.is_on():
+                reply.end(ids)
+        except Exception as error:  # the next reply begins anew
+            runtime.note_failure(error)
 
 
 def _takes_criteria_by_position(generate: Callable[..., Any]) -> bool:

@@ -97,7 +97,7 @@ class Sharding:
         self.failure = ""
         self.is_detached = False
         self._runtime = Runtime(_gate, TrafficCounter(), self)
-        self.meter = Meter(self._runtime.counter, self._runtime.is_on)
+        self.meter = Meter(self._runtime.counter, self._runtime.is_on, self._runtime.prompts.kept)
         self._reply_patches: ReplyPatches | None = None
         self._mode = MODES[0]
         self._is_wanted = False
@@ -163,6 +163,38 @@ class Sharding:
         if model is None or self._mode == "eager" or not self.enabled:
             return ""
         return eligible.GENERATES_HOOKED if writes_replies(type(model)) else eligible.NOTHING_GENERATES
+
+    @property
+    def kept_conversations(self) -> int:
+        """How many conversations' caches are kept between replies, so that what a prompt has in common with one of them
+        is not computed again; 0, as at first, for none. May be set at any time.
+        """
+        return self._runtime.prompts.kept.most
+
+    @kept_conversations.setter
+    def kept_conversations(self, count: int) -> None:
+        if count < 0:
+            raise ValueError(f"There is no keeping {count} conversations: 0 keeps none.")
+        self._runtime.prompts.kept.most = count
+        self._runtime.prompts.kept.drop()
+
+    def drop_kept(self) -> None:
+        """Free what is kept of conversations. The next prompt is computed as a whole."""
+        self._runtime.prompts.kept.drop()
+
+    @property
+    def prompt_chunk(self) -> int | None:
+        """How many tokens of a prompt are read at once, so that each GPU works on a chunk of its own.
+
+        0 for all of them. None, as at first: what the number of tokens and GPUs says. May be set at any time.
+        """
+        return self._runtime.prompts.chunk
+
+    @prompt_chunk.setter
+    def prompt_chunk(self, tokens: int | None) -> None:
+        if tokens is not None and tokens < 0:
+            raise ValueError(f"There are no chunks of {tokens} tokens: 0 reads a prompt as a whole.")
+        self._runtime.prompts.chunk = tokens
 
     def new_cache(self) -> Any:
         """An empty KVCache for a loop of one's own: ``model(ids, past_key_values=cache)``. Graphs serve it too.
@@ -238,11 +270,13 @@ class Sharding:
         self._attach()
         self.failure = ""
         if self._reply_patches is not None:
+            self._runtime.prompts.stages = len(self.placement.devices)
             self._runtime.patches = EagerPatches(model, self.placement, self._runtime)
             self._runtime.is_given_up = False
             self._set_runners(model)
 
     def _disable(self) -> None:
+        self._runtime.prompts.kept.drop()
         self._set_runners(None)
         patches = self._runtime.patches
         if patches is not None:

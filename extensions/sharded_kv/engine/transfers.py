@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .interfaces import CausalBias
+
 _version = operator.attrgetter("_version")
 
 
@@ -134,6 +136,8 @@ class ForwardState:
     def __init__(self, owner: object, counter: TrafficCounter) -> None:
         self.owner = owner
         self.home: torch.device | None = None  # where the code between the blocks has its tensors
+        self.skipped: object = None  # a block that is not run: the next gets what this one was given
+        self.keeps_output = False  # nobody asks for the model's output: it stays where it is
         self._counter = counter
         self._memo: dict[tuple[int, torch.device], _Copy] = {}
         self._home: tuple[Any, int] | None = None  # torch.cuda or its like, and the caller's current device
@@ -346,6 +350,8 @@ class _Kinds(dict[type, Literal["tensor", "sequence", "self-moving", "mapping", 
 
     @staticmethod
     def _find_out(of: type) -> Literal["tensor", "sequence", "self-moving", "mapping", "inert"]:
+        if issubclass(of, CausalBias):  # it has no numbers
+            return "inert"
         if issubclass(of, Tensor):
             return "tensor"
         # Before other containers: BatchEncoding and the KVSharingDict of transformers 5 are shared, and move in place.

@@ -203,7 +203,12 @@ class DecodeGraph:
                 if self._fingerprint is not None:
                     self._fingerprint = Fingerprint(step.model)  # modules may count their calls
                 return output
-        raise next((error for error in refusals if str(error) != NUMBERS), refusals[0])
+        refusal = next((error for error in refusals if str(error) != NUMBERS), refusals[0])
+        refusals.clear()
+        try:
+            raise refusal
+        finally:
+            del refusal  # or it would hold this frame, and that the cache
 
     def _trace(self, step: DecodeStep, run: Run, counter: TrafficCounter, before: Any) -> Any:
         if len(self._changed) > 1:  # one may have made what the next ones only read

@@ -42,11 +42,15 @@ class Fingerprint:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self._modules == other._modules and self._of_all == other._of_all
 
+    def holds_throughout(self) -> bool:
+        """Whether all of the model is still so."""
+        return self._of_all == hooks_of_all() and all(module.is_as_before() for module in self._modules)
+
     def holds(self) -> bool:
         """Whether the model is still so, as far as the modules tell whose turn it is. Asked for each token."""
         if self._hooks != RemovableHandle.next_id:  # it counts up with each hook that any module of any model gets
             self._hooks = RemovableHandle.next_id
-            return self._of_all == hooks_of_all() and all(module.is_as_before() for module in self._modules)
+            return self.holds_throughout()
         return all(module.is_as_before() for turns in self._turns for module in next(turns))
 
 

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import sys
 import traceback
 import weakref
 from collections import Counter
@@ -110,6 +109,10 @@ class GraphRunner:
             raise NotEligible(self._refuse(step, error)) from error
         self.reason = ""
         return output
+
+    def note_prompt(self) -> None:
+        """A part of a prompt is read, which is no step for graphs."""
+        self.latest, self.reason = next(_steps), ""
 
     def note_missed(self) -> None:
         """A part of the model runs in a reply, and the model's forward did not come here."""
@@ -276,10 +279,7 @@ class CacheGraphs:
     def outlive(self, cache: Any) -> None:
         """The cache is gone: its buffers serve the next reply, unless somebody may hold a part of them."""
         runner = self.runner()
-        # Somebody may hold tensors, or layers of it: more than the cache, the list and this question refer to.
-        is_held = sys.getrefcount(cache.layers) > 2 or any(sys.getrefcount(layer) > 3 for layer in cache.layers)
-        is_held = is_held or any(buffer.was_shown for buffer in cache.buffers())
-        if runner is None or is_held or not self._steps or not self.are_on(cache):
+        if runner is None or cache.is_held or not self._steps or not self.are_on(cache):
             return
         self.distrust()
         runner.inherit(self, cache.room.made_by)

@@ -53,6 +53,7 @@ class Room:
         longest: how many tokens the reply may reach, prompt included; None if nobody says.
         most_ahead: at most so many tokens of room ahead; None for what is usual.
         step: the capacity is a multiple of it. Whole steps let the next reply use the same buffers, graphs and all.
+        prompt: how many tokens the prompt has that is being read: there is room for all of it from the first on.
         spare: tensors of an earlier reply, in the order in which they were made there, to be used again.
         let_go: called before another tensor is made: whoever holds the buffers there are shall hold them no longer.
         made_by: who has made the cache: "generate" or "forward".
@@ -63,6 +64,7 @@ class Room:
     longest: int | None = None
     step: int = 1
     most_ahead: int | None = None
+    prompt: int = 0
     spare: list[Tensor] = dataclasses.field(default_factory=list)
     let_go: Callable[[], None] = lambda: None
     made_by: str = ""
@@ -95,7 +97,9 @@ class Room:
             capacity: so many shall fit; `capacity(needed)` if nothing is given.
             is_prompt: there shall be no room ahead yet, for memory is scarcest while a prompt is read.
         """
-        capacity = capacity or self.capacity(needed)
+        if capacity is None:
+            needed = max(needed, self.prompt)
+            capacity = self.capacity(needed)
         if self._used < len(self.spare):
             # Attention in graphs reads all of a buffer: one that is much too large is none that suits.
             spare = self.spare[self._used]

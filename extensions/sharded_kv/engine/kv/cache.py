@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .buffer import Buffer, Room
-from .layers import FullLayer, HybridLayer, SlidingLayer, can_go_back, is_recurrent, is_strange
+from .layers import FullLayer, HybridLayer, SlidingLayer, can_go_back, is_recurrent, is_strange, keeps_tokens_only
 
 IS_LAYERED = hasattr(DynamicCache(), "layers")  # since transformers 4.54
 if IS_LAYERED:
@@ -24,6 +25,7 @@ else:
     from .older import ListedCache as _Base
 
 _MOST_AHEAD_WITH_STATES = 64
+_PLAIN = (FullLayer.plain, SlidingLayer.plain)
 # The attributes that a plain cache has not got.
 _OURS = frozenset({"room", "graphs", *(() if IS_LAYERED else ("layers", "_lists", "_given"))})
 
@@ -246,6 +248,37 @@ class KVCache(_Base):  # type: ignore[misc]
                 layer.truncate(length)
             else:
                 layer.reset()
+                if type(layer) in _PLAIN:  # transformers 5.17 would keep its keys, and zero them
+                    layer.keys = layer.values = None
+                    layer.is_initialized = False
+
+    @property
+    def keeps_tokens_only(self) -> bool:
+        """Whether it keeps keys and values, and no states that have no past."""
+        return all(map(keeps_tokens_only, self.layers))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each of its layers has keys and values of as many tokens: else the model keeps others elsewhere."""
+        return len({layer.buffers is not None and layer.get_seq_length() for layer in self.own_layers}) == 1
+
+    def can_go_back_to(self, length: int) -> bool:
+        """Whether `truncate(length)` can be had."""
+        return length == 0 or all(can_go_back(layer, length) for layer in self.layers)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody may hold tensors or layers of it, besides itself."""
+        # Each has one reference from here, and one from the question.
+        are_held = sys.getrefcount(self.layers) > 2 or any(
+            sys.getrefcount(self.layers[index]) > 2 for index in range(len(self.layers))
+        )
+        return are_held or any(buffer.was_shown for buffer in self.buffers())
+
+    def end_prompt(self) -> None:
+        """A prompt was read, in one step or several."""
+        for layer in self.own_layers:
+            layer.end_prompt()
 
     def begin_reply(self, longest: int | None) -> None:
         """Another reply goes on with it, which may reach so many tokens; None if nobody knows."""

@@ -48,6 +48,11 @@ def is_strange(layer: Any) -> bool:
     return not isinstance(layer, (FullLayer, _Dummy)) and not (type(layer) is _Recurrent and is_recurrent(layer))
 
 
+def keeps_tokens_only(layer: Any) -> bool:
+    """Whether all that a layer keeps are keys and values in our buffers, or nothing."""
+    return type(layer) in (FullLayer, SlidingLayer) or isinstance(layer, _Dummy)
+
+
 def can_go_back(layer: Any, length: int) -> bool:
     """Whether what a layer of `length` tokens would have is still there."""
     return bool(layer.can_go_back_to(length)) if isinstance(layer, FullLayer) else isinstance(layer, _Dummy)
@@ -197,6 +202,17 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
             buffer.tensor.index_copy_(2, position, new)
         return self._keys.tensor.narrow(2, 0, self.width), self._values.tensor.narrow(2, 0, self.width)
 
+    def end_prompt(self) -> None:
+        """A prompt was read, in one step or several."""
+
+    def at(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """The keys and values, [batch, heads, 1, head size], of the token of this number; None if they are gone."""
+        seen = self.get_seq_length()
+        places = [each.start + each.length - (seen - index) for each in self.buffers or ()]
+        if not places or min(places) < 0 or index >= seen:
+            return None
+        return self._keys.tensor.narrow(2, places[0], 1), self._values.tensor.narrow(2, places[1], 1)
+
     def advance(self, tokens: int) -> None:
         """Count the tokens that a captured step has written."""
         self._keys.length += tokens
@@ -307,6 +323,12 @@ class SlidingLayer(FullLayer, _Sliding):  # type: ignore[misc]
         return (
             seen if self._keys.length == key_states.shape[2] else (key_states.contiguous(), value_states.contiguous())
         )
+
+    def end_prompt(self) -> None:
+        """Have no more room than usual: a chunk needs more, so that its step can be taken back."""
+        for buffer in self.buffers or ():
+            if buffer.capacity > self.room.capacity(self.sliding_window):
+                buffer.give_room_back()
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that a captured step has written."""

@@ -32,6 +32,8 @@ class Figures:
         bytes_per_token, copies_per_token: between GPUs, mean over the recent decode steps with sharding on; with it
             off, when accelerate moves tensors and does not count, of the step that was observed last.
         tokens: how many were measured.
+        prompt_tokens: of the reply's prompt; None until the first token was there.
+        kept_tokens: how many of these a kept cache had already, so that they were not computed.
     """
 
     seconds_per_token: float | None = None
@@ -39,6 +41,8 @@ class Figures:
     bytes_per_token: float | None = None
     copies_per_token: float | None = None
     tokens: int = 0
+    prompt_tokens: int | None = None
+    kept_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -53,7 +57,7 @@ class DeviceMemory:
     Attributes:
         device, name: "cuda:0", "NVIDIA GeForce RTX 4090".
         weights: the model's parameters and buffers.
-        cache: the cache of the reply being written.
+        cache: the cache of the reply being written, and those that are kept for the next.
         rest: everything else of this process.
         others: other processes.
         free, total: of the device.
@@ -83,6 +87,7 @@ class Snapshot:
         memory: for each device of the model.
         tokens: the recent decode steps, oldest first.
         traffic: all that has crossed between devices with sharding on.
+        kept_tokens: how many tokens' keys and values are kept for the next reply.
     """
 
     sharded: Figures | None
@@ -92,6 +97,7 @@ class Snapshot:
     memory: tuple[DeviceMemory, ...]
     tokens: tuple[Token, ...]
     traffic: Traffic
+    kept_tokens: int = 0
 
     @property
     def current_is_sharded(self) -> bool:

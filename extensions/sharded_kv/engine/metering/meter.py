@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,22 +29,34 @@ logger = logging.getLogger(__name__)
 _CHART_TOKENS = 512  # the chart shows every token of the recent minutes
 
 
+class Kept(Protocol):
+    """Caches that no reply has just now."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens they hold."""
+
+    def bytes_by_device(self) -> dict[torch.device, int]:
+        """What they take."""
+
+
 class Meter:
     """Measures the replies of one model, which it holds weakly.
 
     Args:
         counter: counts what crosses.
         is_sharded: whether sharding is on.
+        kept: what is kept between replies.
 
     Attributes:
         memory: marks of the reply that is being written, or of the latest.
         failure: one sentence on why the latest reply was not measured, or not to its end; "" if it was.
     """
 
-    def __init__(self, counter: TrafficCounter, is_sharded: Callable[[], bool]) -> None:
+    def __init__(self, counter: TrafficCounter, is_sharded: Callable[[], bool], kept: Kept) -> None:
         self.failure = ""
         self.is_sharded = is_sharded
-        self._counter = counter
+        self._counter, self._kept = counter, kept
         self._lock = threading.Lock()
         self._model: weakref.ref[nn.Module] | None = None
         self._devices: tuple[torch.device, ...] = ()
@@ -62,8 +74,10 @@ class Meter:
 
     def snapshot(self) -> Snapshot:
         """What is known now. May be called from any thread, while a reply is being written."""
-        weights = self._weigh()
-        memory = tuple(self._device_memory(device, weights.get(device, 0)) for device in self._devices)
+        weights, kept = self._weigh(), self._kept.bytes_by_device()
+        memory = tuple(
+            self._device_memory(device, weights.get(device, 0), kept.get(device, 0)) for device in self._devices
+        )
         with self._lock:
             figures = {sharded: recorder.figures() for sharded, recorder in self._recorders.items()}
             return Snapshot(
@@ -74,6 +88,7 @@ class Meter:
                 memory=memory,
                 tokens=tuple(self._tokens),
                 traffic=self._counter.read(),
+                kept_tokens=self._kept.tokens,
             )
 
     def begin(self) -> Recording:
@@ -135,9 +150,9 @@ class Meter:
             self._weights = bytes_by_device([*model.parameters(), *model.buffers()])
         return self._weights
 
-    def _device_memory(self, device: torch.device, weights: int) -> DeviceMemory:
+    def _device_memory(self, device: torch.device, weights: int, kept: int) -> DeviceMemory:
         usage = devices.usage(device)
-        cache = self.memory.cache.get(device, 0)
+        cache = self.memory.cache.get(device, 0) + kept
         return DeviceMemory(
             device=str(device),
             name=devices.name(device),

@@ -73,10 +73,18 @@ class Recording:
 
     Attributes:
         started: when the reply began, `time.perf_counter()`.
+        prompt_tokens: how many its prompt has; None until the first token is there.
+        kept_tokens: how many of these need not be computed.
+        first_seconds: until the first token was there; None before.
+        ids: [rows, tokens], of prompt and reply as of the latest step; None before the first.
     """
 
     def __init__(self, counter: TrafficCounter, listener: Listener, is_sharded: Callable[[], bool]) -> None:
         self.started = time.perf_counter()
+        self.prompt_tokens: int | None = None
+        self.kept_tokens = 0
+        self.first_seconds: float | None = None
+        self.ids: Tensor | None = None
         self._crossed = counter.of_this_thread
         self._listener = listener
         self._is_sharded = is_sharded
@@ -114,11 +122,12 @@ class Recording:
         if not self._is_measured or not self._went_forward:
             return False
         self._went_forward = False
+        self.ids = input_ids
         try:
             observed = None if self._observer is None else self._stop_observing()
             now, crossed, sharded, length = time.perf_counter(), self._crossed, self._is_sharded(), input_ids.shape[1]
             if self._last is None:
-                self._awaits_first = True
+                self._awaits_first, self.prompt_tokens = True, length - 1
             elif sharded == self._sharded:  # a step during which it was switched belongs to neither
                 seconds, tokens = now - self._last, max(1, length - self._length)
                 if observed is not None:
@@ -155,8 +164,8 @@ class Recording:
 
     def _note_first_token(self) -> None:
         self._awaits_first = False
-        first = Step(time.perf_counter() - self.started, 0, None, None, self._sharded)
-        self._listener.note_step(self, first)
+        self.first_seconds = time.perf_counter() - self.started
+        self._listener.note_step(self, Step(self.first_seconds, 0, None, None, self._sharded))
 
     def _observe_some(self) -> None:
         if self._steps_off % _OBSERVE_EVERY == 0:
@@ -182,10 +191,13 @@ class Recorder:
         self._seconds: collections.deque[float] = collections.deque(maxlen=_RECENT_TOKENS)
         self._crossed: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=_RECENT_TOKENS)
         self._tokens = 0
+        self._prompt_tokens: int | None = None
+        self._kept_tokens = 0
 
     def add(self, step: Step) -> None:
         if step.tokens == 0:
             self.first = step.seconds
+            self._prompt_tokens, self._kept_tokens = self.recording.prompt_tokens, self.recording.kept_tokens
             return
         self._tokens += step.tokens
         if step.seconds is not None:
@@ -203,4 +215,6 @@ class Recorder:
             bytes_per_token=size / tokens if tokens else None,
             copies_per_token=copies / tokens if tokens else None,
             tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            kept_tokens=self._kept_tokens,
         )
