@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from extensions.sharded_kv.engine import devices, eager, gate, reply, transfers
 from extensions.sharded_kv.engine.compat import has_cache_objects
 from extensions.sharded_kv.engine.graphs import decode, eligible, runner
 from extensions.sharded_kv.engine.metering import compare, copies, memory, meter, recorder
+from extensions.sharded_kv.engine.prompts import kept, pace, prompt
 from extensions.sharded_kv.webui import host, measuring, settings
 from tests import support
 from tests.webui import hosts
@@ -74,6 +76,7 @@ PARTS = functions_of(
 PARTS_OF_GRAPHS = functions_of(
     eligible, eligible.Rules, runner, runner.GraphRunner, runner.CacheGraphs, decode, decode.DecodeGraph
 )
+PARTS_OF_PROMPTS = functions_of(kept, kept.Conversations, pace.Pace, prompt, prompt.Prompts, prompt.Prompt)
 if has_cache_objects():
     from extensions.sharded_kv.engine.kv import buffer, cache, layers
 
@@ -143,3 +146,37 @@ def test_a_part_of_graph_mode_that_fails_costs_nobody_a_reply(
     right = reply(model)
     monkeypatch.setattr(*PARTS_OF_GRAPHS[part], fail)
     use(open_webui(), model, reply, right, "graph")
+
+
+@pytest.mark.skipif(not has_cache_objects(), reason="this transformers keeps caches in tuples")
+@pytest.mark.parametrize("part", PARTS_OF_PROMPTS)
+def test_a_part_that_reads_prompts_and_fails_costs_nobody_a_reply(
+    open_webui: Callable[..., hosts.Webui], model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    webui = open_webui()
+    webui.start()
+    webui.load(model)
+    monkeypatch.setattr(prompt, "_SMALL_CHUNK", 4)
+    whole, said = models.build("llama", num_hidden_layers=2), list(range(20, 50))
+
+    def reply() -> list[int]:
+        found = []
+        for each, place in ((model, places[0]), (whole, "cpu")):
+            given = torch.tensor([said], device=place)
+            with torch.no_grad():
+                out = each.generate(
+                    given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=5, min_new_tokens=5
+                )
+            found.append(out[0, len(said) :].tolist())
+        assert found[0] == found[1]
+        new: list[int] = found[0]
+        return new
+
+    said += [*reply(), 60, 61]
+    webui.extension._sharding.prompt_chunk = 7
+    monkeypatch.setattr(*PARTS_OF_PROMPTS[part], fail)
+    for _ in range(2):
+        said += [*reply(), 60, 61]
+    webui.extension.state()
+    webui.extension.drop_kept()
+    webui.unload()

@@ -14,7 +14,7 @@ from tests.webui import hosts
 OpenWebui = Callable[..., hosts.Webui]
 
 each_version = pytest.mark.parametrize("version", hosts.VERSIONS, ids=str)
-DEFAULTS = {"activate": True, "mode": "graph", "display_name": "Sharded KV", "is_tab": True}
+DEFAULTS = {"activate": True, "mode": "graph", "display_name": "Sharded KV", "is_tab": True, "kept_conversations": 1}
 # Where settings.yaml names a parameter with its default, every version of the webui saves it.
 IN_THE_FILE = {f"{hosts.NAME}-{name}": value for name, value in DEFAULTS.items()}
 
@@ -36,6 +36,9 @@ BAD = [
     ("mode", "EAGER", " or ".join(MODES)),
     ("mode", ["eager"], " or ".join(MODES)),
     ("mode", None, " or ".join(MODES)),
+    ("kept_conversations", True, "a whole number from 0 to 16"),
+    ("kept_conversations", -1, "a whole number from 0 to 16"),
+    ("kept_conversations", "2", "a whole number from 0 to 16"),
     ("display_name", "  ", "a text"),
     ("display_name", 7, "a text"),
     ("is_tab", "true", "true or false"),
@@ -78,10 +81,10 @@ def test_a_bad_value_that_yamls_aliases_make_endless_is_not_written_out() -> Non
 
 
 def test_good_values_stay_without_a_word() -> None:
-    params = {"activate": False, "mode": "eager", "display_name": "Many GPUs", "is_tab": False}
-    warnings: list[str] = []
+    good = {"activate": False, "mode": "eager", "display_name": "Many GPUs", "is_tab": False, "kept_conversations": 3}
+    params, warnings = dict(good), list[str]()
     settings.correct(params, "sharded_kv", warnings.append)
-    assert params == {"activate": False, "mode": "eager", "display_name": "Many GPUs", "is_tab": False}
+    assert params == good
     assert warnings == []
 
 

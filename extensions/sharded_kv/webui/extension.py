@@ -34,6 +34,8 @@ class Extension:
         self._sharding: Sharding | None = None
         self._activate: bool = self.params["activate"]
         self._mode: str = self.params["mode"]
+        self._kept: int = self.params["kept_conversations"]
+        self._usually_kept = self._kept  # as the settings say, if they do
         self._has_told = False  # of the model, in the log
         self._failure = ""
         self._measuring = Measuring(switched=self._apply)
@@ -52,6 +54,8 @@ class Extension:
             host.show_our_log()
             settings.correct(self.params, NAME, host.logger.warning)
             self._activate, self._mode = self.params["activate"], self.params["mode"]
+            self._kept = self.params["kept_conversations"]
+            self._usually_kept = self._kept or self._usually_kept
             watch(host.shared, {"model": self._model_assigned, "need_restart": self._restart_asked})
             self._host = host
 
@@ -106,6 +110,19 @@ class Extension:
             self._keep_in_step()
             self._apply()
 
+    def set_keep(self, keep: bool) -> None:
+        """Whether a conversation's cache is kept for its next message; if so, as many as the settings say."""
+        with self._guarded("changing what is kept"), self._lock:
+            self._kept = self._usually_kept if keep else 0
+            self._keep_in_step()
+            self._apply()
+
+    def drop_kept(self) -> None:
+        """Free what is kept of conversations."""
+        with self._guarded("letting go of a cache"), self._lock:
+            if self._sharding is not None:
+                self._sharding.drop_kept()
+
     def measure(self) -> None:
         """Begin "Measure on and off", if there is something to measure and none is under way."""
         with self._guarded("measuring"), self._lock:
@@ -132,6 +149,7 @@ class Extension:
             self._activate,
             self._mode,
             *self._verdict(),
+            keep=self._kept > 0,
             model=host.model_name if host is not None else "",
             placement=sharded.placement if sharded else None,
             snapshot=sharded.meter.snapshot() if sharded else None,
@@ -188,13 +206,15 @@ class Extension:
             if sharding is None:
                 return
             sharding.mode = self._mode
+            if sharding.kept_conversations != self._kept:  # setting it lets go of what is kept
+                sharding.kept_conversations = self._kept
             if not self._activate:
                 sharding.disable()
             elif again or not sharding.failure:
                 sharding.enable()
 
     def _keep_in_step(self) -> None:
-        self.params.update(activate=self._activate, mode=self._mode)
+        self.params.update(activate=self._activate, mode=self._mode, kept_conversations=self._kept)
         if self._host is not None:
             self._host.keep_in_step(self.params, settings.defaults())
 

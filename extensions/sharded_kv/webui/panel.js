@@ -28,8 +28,11 @@
   const followSwitches = (beat) => {
     const box = document.querySelector("#sharded_kv-activate input[type=checkbox]");
     const mode = document.querySelector("#sharded_kv-mode input[type=radio]:checked");
+    const keep = document.querySelector("#sharded_kv-keep input[type=checkbox]");
     const differs =
-      (box !== null && String(box.checked) !== beat.activate) || (mode !== null && mode.value !== beat.mode);
+      (box !== null && String(box.checked) !== beat.activate) ||
+      (mode !== null && mode.value !== beat.mode) ||
+      (keep !== null && String(keep.checked) !== beat.keep);
     if (differs && differed) press("sharded_kv-sync");
     differed = differs && !differed;
   };

@@ -42,11 +42,18 @@ def build(extension: Controls) -> None:
                 info="eager: block by block. graph: tokens as CUDA graphs, which is faster and takes more memory.",
                 elem_id="sharded_kv-mode",
             )
+            keep = gr.Checkbox(
+                value=state.keep,
+                label="Keep the conversation's cache",
+                info="The next message then reads only what is new. It stays in GPU memory between replies.",
+                elem_id="sharded_kv-keep",
+            )
         status = gr.HTML(first_status)
         live = gr.HTML(first_live)
         with gr.Row():
             measure = gr.Button("Measure on and off", elem_id="sharded_kv-measure")
             cancel = gr.Button("Cancel measuring", elem_id="sharded_kv-cancel")
+            drop = gr.Button("Let go of the kept cache", elem_id="sharded_kv-drop")
         measurement = gr.HTML(first_measurement)
         tick = gr.Button(elem_id="sharded_kv-tick")
         sync = gr.Button(elem_id="sharded_kv-sync")
@@ -56,9 +63,9 @@ def build(extension: Controls) -> None:
         now_status, now_live, now_measurement = draw(state)
         return _beat(state) + now_status, now_live, now_measurement
 
-    def switches() -> tuple[bool, str]:
+    def switches() -> tuple[bool, str, bool]:
         state = extension.state()
-        return state.activate, state.mode
+        return state.activate, state.mode, state.keep
 
     def after(action: Callable[..., None]) -> Callable[..., tuple[str, str, str]]:
         def handle(*values: Any) -> tuple[str, str, str]:
@@ -70,11 +77,13 @@ def build(extension: Controls) -> None:
     page = Context.root_block
     for event, handle, inputs, outputs in (
         (page.load, drawn, [], [status, live, measurement]),
-        (page.load, switches, [], [activate, mode]),
+        (page.load, switches, [], [activate, mode, keep]),
         (tick.click, drawn, [], [status, live, measurement]),
-        (sync.click, switches, [], [activate, mode]),
+        (sync.click, switches, [], [activate, mode, keep]),
         (activate.input, after(extension.set_activate), [activate], [status, live, measurement]),
         (mode.input, after(extension.set_mode), [mode], [status, live, measurement]),
+        (keep.input, after(extension.set_keep), [keep], [status, live, measurement]),
+        (drop.click, after(extension.drop_kept), [], [status, live, measurement]),
         (measure.click, after(extension.measure), [], [status, live, measurement]),
         (cancel.click, after(extension.cancel_measuring), [], [status, live, measurement]),
     ):
@@ -111,10 +120,12 @@ def _beat(state: PanelState) -> str:
     # A plain string: what is added to it must not be escaped.
     return str(
         view.html(
-            '<i id="sharded_kv-beat" data-time="{time}" data-activate="{activate}" data-mode="{mode}" hidden></i>',
+            '<i id="sharded_kv-beat" data-time="{time}" data-activate="{activate}" data-mode="{mode}"'
+            ' data-keep="{keep}" hidden></i>',
             time=time.time(),
             activate=str(state.activate).lower(),
             mode=state.mode,
+            keep=str(state.keep).lower(),
         )
     )
 

@@ -23,9 +23,13 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+_MOST_KEPT = 16
 PARAMETERS = {
     "activate": Parameter(True, _is_bool, "true or false"),
     "mode": Parameter("graph", lambda value: value in MODES, " or ".join(MODES)),
+    "kept_conversations": Parameter(
+        1, lambda value: type(value) is int and 0 <= value <= _MOST_KEPT, f"a whole number from 0 to {_MOST_KEPT}"
+    ),
     "display_name": Parameter("Sharded KV", lambda value: isinstance(value, str) and value.strip() != "", "a text"),
     "is_tab": Parameter(True, _is_bool, "true or false"),
 }

@@ -44,6 +44,7 @@ class PanelState:
     Attributes:
         activate: the checkbox, what the user asked for.
         mode: "eager" or "graph".
+        keep: whether a conversation's cache is kept for its next message.
         tone: whether the model runs by our forwards ("on"), could but does not ("off"), cannot ("idle"), or something
             of ours went wrong ("failed").
         sentence: what is on and how the model is split, or why nothing can be done and what would help.
@@ -57,6 +58,7 @@ class PanelState:
     mode: str
     tone: Literal["on", "off", "idle", "failed"]
     sentence: str
+    keep: bool = True
     model: str = ""
     placement: Placement | None = None
     snapshot: Snapshot | None = None
@@ -74,6 +76,12 @@ class Controls(Protocol):
 
     def set_mode(self, mode: str) -> None:
         """How the model runs while sharding is on."""
+
+    def set_keep(self, keep: bool) -> None:
+        """Whether a conversation's cache is kept for its next message."""
+
+    def drop_kept(self) -> None:
+        """Free what is kept."""
 
     def measure(self) -> None:
         """Begin "Measure on and off"."""

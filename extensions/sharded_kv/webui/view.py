@@ -118,10 +118,11 @@ def _tiles(snapshot: Snapshot) -> Markup:
     other = (snapshot.unsharded if is_on else snapshot.sharded) or Figures()
     tone, other_tone = ("on", "off") if is_on else ("off", "on")
 
-    def tile(label: str, figure: Callable[[Figures], str]) -> Markup:
+    def tile(label: str, figure: Callable[[Figures], str], remark: str = "") -> Markup:
         return html(
-            '<div class="skv-tile"><div class="skv-label">{label}</div>{value}{beside}</div>',
+            '<div class="skv-tile"><div class="skv-label">{label}</div>{value}{beside}{remark}</div>',
             label=label,
+            remark=html('<div class="skv-remark">{remark}</div>', remark=remark) if remark else Markup(),
             value=_value(figure(now)),
             beside=_beside(other_tone, figure(other)),
         )
@@ -135,9 +136,17 @@ def _tiles(snapshot: Snapshot) -> Markup:
         beside=_beside(other_tone, _seconds(other.seconds_per_token)),
         remark=_remark(snapshot, other, other_tone),
         rate=tile("Tokens / second", lambda figures: _rate(figures.tokens_per_second)),
-        first=tile("First token", lambda figures: _seconds(figures.first_token_seconds)),
+        first=tile("First token", lambda figures: _seconds(figures.first_token_seconds), _prompt(now)),
         traffic=tile("Between GPUs / token", lambda figures: _size(figures.bytes_per_token)),
     )
+
+
+def _prompt(figures: Figures) -> str:
+    """How many tokens the prompt had, and how many of them were kept from before; "" where nobody knows."""
+    if figures.prompt_tokens is None:
+        return ""
+    kept = f", {_grouped(figures.kept_tokens)} kept" if figures.kept_tokens else ""
+    return f"{_tokens(figures.prompt_tokens)}{kept}"
 
 
 def _value(text: str) -> Markup:
@@ -352,7 +361,7 @@ def _in_words(tokens: Sequence[Token]) -> str:
 # From the left, so that the peak, which counts this process's tensors, is measured from where they begin.
 _SHARES = {
     "weights": ("weights", "the model's parameters and buffers"),
-    "cache": ("cache", "the cache of the reply being written"),
+    "cache": ("cache", "the cache of the reply being written, and what is kept for the next"),
     "rest": ("rest of process", "everything else of this process"),
     "others": ("other processes", "what other processes hold"),
     "free": ("free", "not in use"),
@@ -375,7 +384,19 @@ def _memory(snapshot: Snapshot) -> Markup:
         "GPU memory",
         html('<div class="skv-shares skv-heads">{heads}{peak}</div>', heads=_joined(heads), peak=peak),
         *(_bar(memory) for memory in snapshot.memory),
+        _kept(snapshot.kept_tokens),
     )
+
+
+def _kept(tokens: int) -> Markup:
+    """What is kept for the next message; nothing where nothing is."""
+    if not tokens:
+        return Markup()
+    return html('<div class="skv-remark">kept: {tokens}</div>', tokens=_tokens(tokens))
+
+
+def _tokens(count: int) -> str:
+    return f"{_grouped(count)} {'token' if count == 1 else 'tokens'}"
 
 
 def _bar(memory: DeviceMemory) -> Markup:
