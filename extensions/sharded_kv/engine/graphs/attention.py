@@ -79,7 +79,7 @@ def ways_for(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Mappi
         ways["pieces"] = _in_pieces
     kernel = _kernel()
     if kernel is not None and kernel.takes(query, keys, values, mask):
-        ways["split keys"] = kernel.attend
+        ways[_SPLIT] = kernel.attend
     return ways
 
 
@@ -97,6 +97,9 @@ def _kernel() -> Any:
 # --- which of them --------------------------------------------------------------------------------------------------
 
 _by_speed: dict[Any, list[str]] = {}  # names of ways, the quickest first
+# What is quickest once stays so for more tokens: it only has more to split. To time all ways takes half a second.
+_SPLIT = "split keys"
+_split_from: dict[Any, int] = {}  # of a kind of tensors, from which size on
 _choosing = threading.Lock()
 
 
@@ -112,11 +115,16 @@ def _quickest(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: 
     """The quickest way that is right for these tensors; torch's own where that could not be found out yet."""
     ways = ways_for(query, keys, values, mask)
     size = keys.shape[2].bit_length()  # what is quickest for some tokens is so for a few more
-    kind = (torch.cuda.get_device_name(query.device), query.dtype, *query.shape, keys.shape[1], size)
+    alike = (torch.cuda.get_device_name(query.device), query.dtype, *query.shape, keys.shape[1])
+    kind = (*alike, size)
     with _choosing:
+        if _SPLIT in ways and _split_from.get(alike, size + 1) <= size:
+            return ways[_SPLIT]
         if not _by_speed.get(kind) and not torch.cuda.is_current_stream_capturing():  # else nothing can be measured
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # to be found out another time
                 _by_speed[kind] = _ordered(ways, query, keys, values, mask, scale)
+                if _by_speed[kind][:1] == [_SPLIT]:
+                    _split_from[alike] = min(size, _split_from.get(alike, size))
         return next((ways[name] for name in _by_speed.get(kind, ()) if name in ways), as_rows)
 
 
