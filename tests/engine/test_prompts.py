@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine import compat
@@ -324,6 +324,44 @@ def test_padding_and_batches_neither_keep_nor_use_anything(model: Any, sharding:
             theirs = models.build("llama-gqa").generate(text, attention_mask=given, max_new_tokens=4, do_sample=False)
         assert ours.tolist() == theirs.tolist()
         assert sharding.meter.snapshot().kept_tokens == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_reply_that_was_stopped_by_an_error_is_kept_as_far_as_it_came(
+    model: Any, sharding: Any, places: list[str], mode: str
+) -> None:
+    sharding.mode = mode
+    said: list[torch.Tensor] = []
+
+    def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> bool:
+        said.append(input_ids.cpu())
+        if len(said) == 5:
+            raise ValueError("the webui's way to stop a reply")
+        return False
+
+    with pytest.raises(ValueError, match="the webui's way"):
+        reply(model, ids(30), places[0], stopping_criteria=StoppingCriteriaList([stop]))
+    assert sharding.meter.snapshot().kept_tokens == 34
+    text = torch.cat([said[-1], ids(4, 1)], 1)
+    assert reply(model, text, places[0]) == reply(models.build("llama-gqa"), text, "cpu")
+    assert kept(sharding) == 33
+
+
+def test_a_reply_that_fails_within_the_model_leaves_the_next_one_right(
+    model: Any, sharding: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, steps = model.model.layers[-1].mlp, itertools.count()
+    forward = block.forward
+
+    def fail(hidden: torch.Tensor) -> torch.Tensor:
+        if next(steps) == 3:
+            raise ArithmeticError("the model's own")
+        return forward(hidden)
+
+    monkeypatch.setattr(block, "forward", fail)
+    with pytest.raises(ArithmeticError):
+        reply(model, ids(30), places[0])
+    assert reply(model, ids(30), places[0]) == right("llama-gqa", 30)
 
 
 @in_chunks

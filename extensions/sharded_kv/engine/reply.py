@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,11 @@ class Reply:
         if compat.is_own_cache(cache):
             self.prompt = self._read = prompt
         return cache
+
+    @property
+    def reads_one_text(self) -> bool:
+        """Whether its cache may serve the next reply."""
+        return self._read is not None
 
     def end(self, ids: Tensor | None) -> None:
         """It is over: its cache may serve the next. `ids`, [rows, tokens], are of prompt and reply."""
@@ -285,6 +291,11 @@ def _run_reply(runtime: Runtime, meter: Meter, generate: Callable[..., Any], /, 
         recording.fail(error)
     try:
         return generate(*args, **kwargs)
+    except Exception as error:
+        # The webui stops a reply by an error in a stopping criterion. generate()'s frames would hold the cache.
+        if reply is not None and reply.reads_one_text:
+            traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         thread.reply = None
         recording.end()
