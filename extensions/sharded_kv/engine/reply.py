@@ -32,6 +32,7 @@ _HARMLESS = frozenset(
         "logits_processor",
         "stopping_criteria",
         "streamer",
+        "tokenizer",
         "synced_gpus",
         "prefix_allowed_tokens_fn",
         "negative_prompt_ids",
