@@ -703,3 +703,16 @@ def test_every_class_in_the_style_sheet_is_drawn() -> None:
     drawn = {name for element in Page(html).elements for name in element.classes}
     styled = set(re.findall(r"\.(skv-[\w-]+)", " ".join(selectors())))
     assert styled - drawn == set()
+
+
+def test_the_first_token_says_how_many_tokens_of_its_prompt_were_kept() -> None:
+    figures = Figures(first_token_seconds=0.3, prompt_tokens=1870, kept_tokens=1840)
+    assert tile(live(sharded=figures, current=figures), "First token").endswith("1\u202f870 tokens, 1\u202f840 kept")
+    nothing = Figures(first_token_seconds=0.3, prompt_tokens=1)
+    assert tile(live(sharded=nothing, current=nothing), "First token").endswith("1 token")
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(1840, "kept: 1\u202f840 tokens"), (1, "kept: 1 token"), (0, None)])
+def test_the_memory_says_how_many_tokens_are_kept(tokens: int, words: str | None) -> None:
+    (memory,) = live(kept_tokens=tokens).all("skv-memory")
+    assert memory.text.endswith(words) if words else "kept" not in memory.text

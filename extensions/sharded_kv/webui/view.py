@@ -122,7 +122,7 @@ def _tiles(snapshot: Snapshot) -> Markup:
         return html(
             '<div class="skv-tile"><div class="skv-label">{label}</div>{value}{beside}{remark}</div>',
             label=label,
-            remark=html('<div class="skv-remark">{remark}</div>', remark=remark) if remark else Markup(),
+            remark=html('<div class="skv-beside">{remark}</div>', remark=remark) if remark else Markup(),
             value=_value(figure(now)),
             beside=_beside(other_tone, figure(other)),
         )
@@ -392,7 +392,7 @@ def _kept(tokens: int) -> Markup:
     """What is kept for the next message; nothing where nothing is."""
     if not tokens:
         return Markup()
-    return html('<div class="skv-remark">kept: {tokens}</div>', tokens=_tokens(tokens))
+    return html('<div class="skv-beside">kept: {tokens}</div>', tokens=_tokens(tokens))
 
 
 def _tokens(count: int) -> str:
