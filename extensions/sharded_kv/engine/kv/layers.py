@@ -132,7 +132,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
     def shows(self, name: str, view: Any) -> bool:
         """Whether a view that was given as `keys` or `values` is still what they would be."""
         held = getattr(self, f"_{name}")
-        return held.is_filled_by(view) if isinstance(held, Buffer) else held is view
+        return isinstance(view, Tensor) and held.is_filled_by(view) if isinstance(held, Buffer) else held is view
 
     def get_seq_length(self, *_: Any) -> Any:
         """How many tokens it has seen."""
