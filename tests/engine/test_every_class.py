@@ -13,7 +13,6 @@ from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.engine.graphs import capture
 from tests import support
 from tools import models
 
@@ -207,20 +206,6 @@ def reply(model: Any, place: str) -> list[list[int]]:
 
 # On real GPUs torch fills masked places with a number of the host, which simulated ones take for a GPU's.
 REFUSED_BY_SIMULATED_DEVICES = frozenset({"Gemma3ForConditionalGeneration"})
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every step that is replayed."""
-    replayed: list[object] = []
-
-    class CapturedStep(capture.CapturedStep):
-        def replay(self) -> None:
-            replayed.append(self)
-            super().replay()
-
-    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
-    return replayed
 
 
 @pytest.mark.parametrize("name", CLASSES)

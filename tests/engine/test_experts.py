@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.engine.graphs import capture
 from tests import support
 from tools import models
 
@@ -34,20 +33,6 @@ WAYS = [None, "grouped_mm", "batched_mm"]
 # For each hidden size, which of the prompts 0 to 99 has the clearest tokens: in bf16 the best two logits of others are
 # equal or nearly so, and graph mode's attention rounds otherwise than torch's. Here they are 9 roundings apart or more.
 CLEAR = {64: 99, 2048: 14}
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every step that is replayed."""
-    replayed: list[object] = []
-
-    class CapturedStep(capture.CapturedStep):
-        def replay(self) -> None:
-            replayed.append(self)
-            super().replay()
-
-    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
-    return replayed
 
 
 @pytest.fixture(scope="module", params=["tiny", "real-size"])

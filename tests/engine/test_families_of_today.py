@@ -12,7 +12,6 @@ import transformers
 from packaging.version import Version
 
 from extensions.sharded_kv import shard
-from extensions.sharded_kv.engine.graphs import capture
 from tests import support
 from tools import families, models
 
@@ -38,20 +37,6 @@ def reply(model: Any, place: str, tokens: int) -> list[list[int]]:
         out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
     replied: list[list[int]] = out[:, -tokens:].tolist()
     return replied
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every step that is replayed."""
-    replayed: list[object] = []
-
-    class CapturedStep(capture.CapturedStep):
-        def replay(self) -> None:
-            replayed.append(self)
-            super().replay()
-
-    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
-    return replayed
 
 
 @pytest.mark.parametrize("count", LENGTHS)

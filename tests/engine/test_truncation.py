@@ -33,7 +33,6 @@ DynamicCache: Any = getattr(transformers, "DynamicCache", None)
 if not has_cache_objects():
     pytest.skip("this transformers keeps caches in tuples", allow_module_level=True)
 
-from extensions.sharded_kv.engine.graphs import capture  # noqa: E402
 from extensions.sharded_kv.engine.kv.buffer import Room  # noqa: E402
 from extensions.sharded_kv.engine.kv.cache import IS_LAYERED, KVCache  # noqa: E402
 from extensions.sharded_kv.engine.kv.layers import SlidingLayer, can_go_back, is_recurrent  # noqa: E402
@@ -357,20 +356,6 @@ def test_a_cache_is_as_one_that_was_given_only_the_tokens_that_remain(devices: s
 
 # All layers have a window; every other one has; every other one has states, which go back to nothing alone.
 FAMILIES = {"mistral-sliding": 2, "gemma2": 2, "qwen3.5": 4}  # and how many layers they get
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every step that is replayed."""
-    replayed: list[object] = []
-
-    class CapturedStep(capture.CapturedStep):
-        def replay(self) -> None:
-            replayed.append(self)
-            super().replay()
-
-    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
-    return replayed
 
 
 def ids_of(count: int, seed: int) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from extensions.sharded_kv import Sharding, shard
-from extensions.sharded_kv.engine.graphs import capture
 from tests import support
 from tools import models, simulated
 
@@ -39,20 +38,6 @@ def model(places: list[str]) -> Any:
 @pytest.fixture
 def sharding(model: Any) -> Sharding:
     return in_graph_mode(model)
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every step that is replayed, of any model."""
-    replayed: list[object] = []
-
-    class CapturedStep(capture.CapturedStep):
-        def replay(self) -> None:
-            replayed.append(self)
-            super().replay()
-
-    monkeypatch.setattr(capture, "CapturedStep", CapturedStep)
-    return replayed
 
 
 def build(places: list[str], family: str = "llama", **options: Any) -> Any:
