@@ -216,7 +216,6 @@ def test_what_is_kept_goes_without_a_byte_left(
     reply(model, ids(30), places[0])
     assert [simulated.allocated(index) for index in range(2)] > before
     let_go(sharding)
-    sharding.mode = "eager"
     gc.collect()
     assert [simulated.allocated(index) for index in range(2)] == before
 

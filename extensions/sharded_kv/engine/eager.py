@@ -110,6 +110,15 @@ class Runtime:
                 ours.make_room(1)
         return ours
 
+    def drop_spare(self) -> bool:
+        """Free the buffers that no reply has just now: of kept conversations first, whose graphs would take them over.
+
+        Returns:
+            Whether there were any.
+        """
+        dropped = [self.prompts.kept.drop(), *[runner.drop_spare() for runner in self.runners.values()]]
+        return any(dropped)
+
     # --- blocks -------------------------------------------------------------------------------------------------------
 
     def run_block(self, block: Block, inner: Forward, hooked: Forward, /, *args: Any, **kwargs: Any) -> Any:
@@ -318,10 +327,10 @@ class Runtime:
 
         Given back are the buffers that no reply has, and the room ahead in the cache.
         """
-        spare = [self.prompts.kept.drop(), *[runner.drop_spare() for runner in self.runners.values()]]
+        had_spare = self.drop_spare()
         if compat.is_own_cache(cache) and length is not None and cache.give_room_back(length):
             return True
-        return any(spare) and compat.truncate_cache(cache, length)
+        return had_spare and compat.truncate_cache(cache, length)
 
     # --- when the model was moved, or we have failed ------------------------------------------------------------------
 

@@ -176,17 +176,20 @@ class Sharding:
         if count < 0:
             raise ValueError(f"There is no keeping {count} conversations: 0 keeps none.")
         self._runtime.prompts.kept.most = count
-        self._runtime.prompts.kept.drop()
+        self.drop_kept()
 
     def drop_kept(self) -> None:
-        """Free what is kept of conversations. The next prompt is computed as a whole."""
-        self._runtime.prompts.kept.drop()
+        """Free what is kept of conversations, buffers and graphs. The next prompt is computed as a whole."""
+        _gate.alone(self._drop_kept)
+
+    def _drop_kept(self) -> None:
+        self._runtime.drop_spare()
 
     @property
     def prompt_chunk(self) -> int | None:
         """How many tokens of a prompt are read at once, so that each GPU works on a chunk of its own.
 
-        0 for all of them. None, as at first: what the number of tokens and GPUs says. May be set at any time.
+        0 for all of them. None, as at first: as many as are quickest. May be set at any time.
         """
         return self._runtime.prompts.chunk
 
