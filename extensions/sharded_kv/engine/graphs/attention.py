@@ -99,7 +99,6 @@ def _kernel() -> Any:
 _by_speed: dict[Any, list[str]] = {}  # names of ways, the quickest first
 # What is quickest once stays so for more tokens: it only has more to split. To time all ways takes half a second.
 _SPLIT = "split keys"
-_split_from: dict[Any, int] = {}  # of a kind of tensors, from which size on
 _choosing = threading.Lock()
 
 
@@ -118,13 +117,11 @@ def _quickest(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: 
     alike = (torch.cuda.get_device_name(query.device), query.dtype, *query.shape, keys.shape[1])
     kind = (*alike, size)
     with _choosing:
-        if _SPLIT in ways and _split_from.get(alike, size + 1) <= size:
+        if _SPLIT in ways and any(_by_speed.get((*alike, each), [])[:1] == [_SPLIT] for each in range(size + 1)):
             return ways[_SPLIT]
         if not _by_speed.get(kind) and not torch.cuda.is_current_stream_capturing():  # else nothing can be measured
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # to be found out another time
                 _by_speed[kind] = _ordered(ways, query, keys, values, mask, scale)
-                if _by_speed[kind][:1] == [_SPLIT]:
-                    _split_from[alike] = min(size, _split_from.get(alike, size))
         return next((ways[name] for name in _by_speed.get(kind, ()) if name in ways), as_rows)
 
 

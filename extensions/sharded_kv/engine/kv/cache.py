@@ -240,9 +240,9 @@ class KVCache(_Base):  # type: ignore[misc]
         Raises:
             ValueError: it cannot go back so far, and is as it was.
         """
-        for layer in self.layers if length else ():
-            if not can_go_back(layer, length):
-                raise ValueError(f"A {type(layer).__name__} cannot go back to {length} tokens.")
+        layer = self._layer_that_cannot_go_back_to(length)
+        if layer is not None:
+            raise ValueError(f"A {type(layer).__name__} cannot go back to {length} tokens.")
         for layer in self.layers:
             if isinstance(layer, FullLayer):
                 layer.truncate(length)
@@ -264,7 +264,10 @@ class KVCache(_Base):  # type: ignore[misc]
 
     def can_go_back_to(self, length: int) -> bool:
         """Whether `truncate(length)` can be had."""
-        return length == 0 or all(can_go_back(layer, length) for layer in self.layers)
+        return self._layer_that_cannot_go_back_to(length) is None
+
+    def _layer_that_cannot_go_back_to(self, length: int) -> Any:
+        return next((layer for layer in self.layers if length and not can_go_back(layer, length)), None)
 
     @property
     def is_held(self) -> bool:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,20 +24,12 @@ from .figures import DeviceMemory, Figures, Snapshot, Token
 from .memory import MemoryMarks, bytes_by_device
 from .recorder import Recorder, Recording, Step
 
+if TYPE_CHECKING:
+    from ..prompts.kept import Conversations
+
 logger = logging.getLogger(__name__)
 
 _CHART_TOKENS = 512  # the chart shows every token of the recent minutes
-
-
-class Kept(Protocol):
-    """Caches that no reply has just now."""
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens they hold."""
-
-    def bytes_by_device(self) -> dict[torch.device, int]:
-        """What they take."""
 
 
 class Meter:
@@ -53,7 +45,7 @@ class Meter:
         failure: one sentence on why the latest reply was not measured, or not to its end; "" if it was.
     """
 
-    def __init__(self, counter: TrafficCounter, is_sharded: Callable[[], bool], kept: Kept) -> None:
+    def __init__(self, counter: TrafficCounter, is_sharded: Callable[[], bool], kept: Conversations) -> None:
         self.failure = ""
         self.is_sharded = is_sharded
         self._counter, self._kept = counter, kept

@@ -71,8 +71,8 @@ def _attend(
         and not torch.is_grad_enabled()
         and _has_flash(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     ):
-        # As CausalBias itself calls it: for lengths that differ this kernel's causal masks end at the last token. With
-        # what CausalBias asks each time, a chunk's launches took half as long again.
+        # As CausalBias itself calls it, which asks anew in each layer what can be called: for lengths that differ this
+        # kernel's causal masks end at the last token.
         seen = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, True, scale=kwargs.get("scaling")
         )[0]
