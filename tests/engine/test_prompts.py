@@ -559,6 +559,24 @@ def test_an_error_of_ours_in_a_chunk_costs_no_reply(
     assert "ours" in sharding.failure
 
 
+def test_an_error_of_ours_while_all_is_computed_anew_is_raised_and_gives_no_wrong_token(
+    model: Any, sharding: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply(model, ids(30), places[0])
+    change_in_place(model)  # so that what is kept is found to be wrong
+    inputs, count = prompt.Prompt._inputs, itertools.count()
+
+    def fail(self: Any, *args: Any) -> Any:
+        if next(count) == 1:
+            raise ZeroDivisionError("ours")
+        return inputs(self, *args)
+
+    monkeypatch.setattr(prompt.Prompt, "_inputs", fail)
+    with pytest.raises(ZeroDivisionError):
+        reply(model, ids(30), places[0])
+    assert "ours" in sharding.failure
+
+
 def test_replies_at_once_keep_their_own_conversations(model: Any, sharding: Any, places: list[str]) -> None:
     sharding.kept_conversations, sharding.prompt_chunk = 2, 7
     found: dict[int, list[list[int]]] = {0: [], 1: []}

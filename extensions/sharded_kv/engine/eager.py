@@ -25,7 +25,7 @@ from .gate import Gate
 from .graphs.eligible import NotEligible
 from .patches import Patch, PatchSet, UnhookPatch, wrap, wrap_like
 from .placement import CACHE_NAME, Block, Container, Placement, join
-from .prompts.prompt import Part, Prompts
+from .prompts.prompt import Part, Prompt, Prompts
 from .transfers import ForwardState, TrafficCounter, first_device, tensors_in
 
 if TYPE_CHECKING:
@@ -148,9 +148,10 @@ class Runtime:
         state = self.thread.state
         if state is None:
             return self._run_block_alone(block, inner, hooked, args, kwargs)
+        if block is state.skipped:
+            return self.run_block(block, inner, hooked, *args, **kwargs)
         with our_part():
             home = state.home if block.returns_to == "model" else first_device((args, kwargs))
-            home = None if block is state.skipped else home
         output = self.run_block(block, inner, hooked, *args, **kwargs)
         with our_part():
             return output if home is None else state.move_home(output, home, _CACHES)
@@ -188,23 +189,33 @@ class Runtime:
         if self.is_given_up:
             return hooked(*args, **kwargs)
         reply = self.thread.reply
-        if reply is not None and reply.prompt is not None and not args and self.is_on():
-            prompt, cache = reply.prompt, kwargs.get(CACHE_NAME)
-            if cache is not None and cache is prompt.cache:
-                reply.prompt = None
-                try:
-                    output = prompt.run(kwargs, functools.partial(self._run_step, container, inner, hooked, ()))
-                    reply.recording.kept_tokens = prompt.kept
-                except Exception as error:
-                    if prompt.in_forward:  # it has been dealt with, or is the model's own
-                        raise
-                    self._step_aside(error)
-                    if not compat.truncate_cache(cache, prompt.kept):
-                        raise
-                    cache.become_plain()
-                    return hooked(**kwargs)
-                return output
+        if (
+            reply is not None
+            and (prompt := reply.prompt) is not None
+            and not prompt.is_begun
+            and kwargs.get(CACHE_NAME) is prompt.cache
+            and self.is_on()
+        ):
+            output = self._run_prompt(prompt, container, inner, hooked, kwargs)
+            reply.recording.kept_tokens = prompt.kept
+            return output
         return self._run_step(container, inner, hooked, args, kwargs)
+
+    def _run_prompt(self, prompt: Prompt, container: Container, inner: Forward, hooked: Forward, kwargs: Any) -> Any:
+        """Run the forward that reads a reply's prompt, in several steps perhaps.
+
+        If we fail between them, accelerate reads what the forward was called with.
+        """
+        try:
+            return prompt.run(kwargs, functools.partial(self._run_step, container, inner, hooked, ()))
+        except Exception as error:
+            if prompt.in_forward:  # it has been dealt with, or is the model's own
+                raise
+            self._step_aside(error)
+            if not prompt.go_back(kwargs):
+                raise
+            prompt.cache.become_plain()
+            return hooked(**kwargs)
 
     def _run_step(
         self,

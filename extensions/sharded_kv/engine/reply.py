@@ -71,7 +71,7 @@ class Reply:
         awaits_cache: generate() has not made its cache yet.
         longest: for how many tokens its cache needs room ahead; None if nobody knows.
         ids: [1, tokens], of the one text that is its prompt; None for other replies.
-        prompt: what it has to read, once its cache is made and until that is read.
+        prompt: what it has to read first, once its cache is made; None if that is not one text.
     """
 
     def __init__(self, recording: Recording, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,7 +82,6 @@ class Reply:
         self.longest = _longest(settings, args, kwargs)
         self.ids: Tensor | None = _one_text(settings, args, kwargs) if self.awaits_cache else None
         self.prompt: Prompt | None = None
-        self._read: Prompt | None = None
         kept: Any = kwargs.get(CACHE_NAME)
         if compat.is_own_cache(kept):
             kept.begin_reply(self.longest)
@@ -112,19 +111,14 @@ class Reply:
         else:
             cache.begin_reply(self.longest)
         if compat.is_own_cache(cache):
-            self.prompt = self._read = prompt
+            self.prompt = prompt
         return cache
-
-    @property
-    def reads_one_text(self) -> bool:
-        """Whether its cache may serve the next reply."""
-        return self._read is not None
 
     def end(self, ids: Tensor | None) -> None:
         """It is over: its cache may serve the next. `ids`, [rows, tokens], are of prompt and reply."""
-        read, self.prompt, self._read = self._read, None, None
-        if read is not None:
-            read.end(ids, self.recording.first_seconds)
+        prompt, self.prompt = self.prompt, None
+        if prompt is not None:
+            prompt.end(ids, self.recording.first_seconds)
 
 
 class _Settings:
@@ -294,7 +288,7 @@ def _run_reply(runtime: Runtime, meter: Meter, generate: Callable[..., Any], /, 
         return generate(*args, **kwargs)
     except Exception as error:
         # The webui stops a reply by an error in a stopping criterion. generate()'s frames would hold the cache.
-        if reply is not None and reply.reads_one_text:
+        if reply is not None and reply.prompt is not None:
             traceback.clear_frames(error.__traceback__)
         raise
     finally:

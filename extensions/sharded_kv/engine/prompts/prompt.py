@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import interfaces, text
+from .. import compat, interfaces, text
 from ..graphs.fingerprint import Fingerprint
 from ..transfers import is_plain
 from .aligned import aligned, can_align
@@ -108,6 +108,7 @@ class Prompt:
         generator: as above.
         cache: the reply's KVCache, once that is there.
         kept: how many of its tokens need not be computed.
+        is_begun: somebody reads it, or has read it.
         in_forward: the model runs, or has raised an error.
         is_known: its forward was called with nothing that its parts could not be called with.
     """
@@ -117,7 +118,7 @@ class Prompt:
         self.generator = generator
         self.cache: Any = None
         self.kept = 0
-        self.is_known = self.in_forward = False
+        self.is_begun = self.is_known = self.in_forward = False
         self._prompts, self._model, self._ids = prompts, model, ids
         self._token: dict[Any, Tensor] = {}  # keys and values of the last token that was kept, see _at
         self._distances: dict[Any, Tensor] = {}  # how far they are from those that it has now
@@ -155,7 +156,7 @@ class Prompt:
         Raises:
             torch.OutOfMemoryError: there is not even memory for a small chunk.
         """
-        self.is_known = self._knows(kwargs)
+        self.is_begun, self.is_known = True, self._knows(kwargs)
         if not self.is_known:
             output = self._forward(kwargs, "last", run)
             self._measure()
@@ -171,6 +172,11 @@ class Prompt:
             output = self._run_from(0, kwargs, run)
         self.cache.end_prompt()
         return output
+
+    def go_back(self, kwargs: dict[str, Any]) -> bool:
+        """Have the cache be as the forward that was called with these arguments found it. Returns whether it is."""
+        found = self.tokens - kwargs["input_ids"].shape[1]
+        return found == self.kept and bool(compat.truncate_cache(self.cache, found))
 
     def end(self, ids: Tensor | None, first_seconds: float | None) -> None:
         """The reply is over. Its cache is kept for the next, if nobody else has it and a prompt may go on with it.
@@ -231,7 +237,7 @@ class Prompt:
                 self._prompts.cuts, count = False, 1
             except Exception as error:
                 # The model's own code may not have known what to do with such a mask.
-                if not self.in_forward or not aligns or (begin == 0 and count == 1) or not self._prompts.aligns:
+                if not self.in_forward or not aligns or (begin == 0 and count == 1):
                     raise
                 logger.info("Its prompts are read with masks of all tokens: %s", text.of_error(error))
                 self._prompts.aligns = False
@@ -280,7 +286,7 @@ class Prompt:
 
     def _inputs(self, kwargs: dict[str, Any], start: int, end: int, aligns: bool) -> dict[str, Any]:
         """What the model is called with for the tokens from `start` to `end`."""
-        if (start, end) == (0, self.tokens) and not self.kept and kwargs["input_ids"].shape[1] == self.tokens:
+        if end - start == kwargs["input_ids"].shape[1] == self.tokens:
             return kwargs
         inputs = {**kwargs, "input_ids": self._ids[:, start:end].to(kwargs["input_ids"].device)}
         positions = torch.arange(start, end, device=inputs["input_ids"].device)
