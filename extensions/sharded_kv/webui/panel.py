@@ -42,12 +42,12 @@ def build(extension: Controls) -> None:
                 info="eager: block by block. graph: tokens as CUDA graphs, which is faster and takes more memory.",
                 elem_id="sharded_kv-mode",
             )
-            keep = gr.Checkbox(
-                value=state.keep,
-                label="Keep the conversation's cache",
-                info="The next message then reads only what is new. It stays in GPU memory between replies.",
-                elem_id="sharded_kv-keep",
-            )
+        keep = gr.Checkbox(
+            value=state.keep,
+            label="Keep the conversation's cache",
+            info="The next message then reads only what is new. It stays in GPU memory between replies.",
+            elem_id="sharded_kv-keep",
+        )
         status = gr.HTML(first_status)
         live = gr.HTML(first_live)
         with gr.Row():
