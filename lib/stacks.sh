@@ -99,7 +99,7 @@ covered_by() { # STACK: the test files during which coverage is measured, which 
     2024) printf 'test_kv.py' ;; # caches that are lists
     now)
       printf '%s ' test_kv.py test_checkpoints.py test_gate.py test_graphs.py test_host_of_hooks.py test_compare.py test_measuring.py \
-        test_meter.py test_placement.py test_sharding.py test_capture.py test_transfers.py test_text.py \
+        test_meter.py test_placement.py test_prompts.py test_sharding.py test_capture.py test_transfers.py test_text.py \
         test_states.py test_attention.py test_uses.py test_windows.py \
         test_extension.py test_faults.py test_panel.py test_settings.py test_view.py test_watch.py
       ;;

@@ -126,6 +126,124 @@ def check_that_nan_is_not_read(split_keys: Any, place: str, case: str) -> None:
     torch.testing.assert_close(seen.cpu().double(), right, rtol=1e-5, atol=1e-5)
 
 
+# --- which way ------------------------------------------------------------------------------------------------------
+
+
+class Ways:
+    """Ways of one's own in the place of a GPU's, each as long as `times` says.
+
+    Args:
+        monkeypatch: takes them back.
+        times: milliseconds by name.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **times: float) -> None:
+        self.times = times
+        self.ways = {name.replace("_", " "): self.right for name in times}
+        self.is_capturing = False
+        monkeypatch.setattr(attention, "_by_speed", {})
+        monkeypatch.setattr(attention, "ways_for", lambda *tensors: self.ways)
+        monkeypatch.setattr(attention, "measure", self.measure)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
+        self.measured: list[str] = []
+
+    def add(self, name: str, way: attention.Way) -> None:
+        """One more, the quickest of all."""
+        self.ways[name] = way
+        self.times[name] = 0
+
+    def measure(self, run: Any, device: torch.device) -> float:
+        """What attention.measure() would say."""
+        name = next(name for name, way in self.ways.items() if way is run.func)
+        self.measured.append(name)
+        return self.times[name.replace(" ", "_")]
+
+    @property
+    def right(self) -> attention.Way:
+        """A function of its own each time."""
+        return lambda *tensors: attention.as_rows(*tensors)
+
+    def choose(self, room: int = 512) -> str:
+        """The name of the way that is chosen over so many tokens."""
+        query, keys, values, mask, scale = given("cpu", torch.float32, "grouped")
+        seen = [each[:, :, :room] for each in (keys, values)]
+        way = attention.quickest(query, *seen, mask[..., :room], scale)
+        return next((name for name, each in self.ways.items() if each is way), "torch's own")
+
+
+def test_the_quickest_way_is_chosen_and_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = Ways(monkeypatch, rows=3, grouped=1, pieces=2)
+    assert [ways.choose(), ways.choose()] == ["grouped", "grouped"]
+    assert ways.measured == ["rows", "grouped", "pieces"]
+
+
+def test_more_tokens_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = Ways(monkeypatch, rows=1, grouped=2)
+    assert ways.choose() == "rows"
+    ways.times["rows"] = 3
+    assert ways.choose(1024) == "grouped"
+
+
+def test_split_keys_that_were_quickest_once_are_chosen_for_more_tokens_unmeasured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways = Ways(monkeypatch, rows=2, split_keys=1)
+    assert ways.choose() == "split keys"
+    ways.measured.clear()
+    assert ways.choose(1024) == "split keys"
+    assert not ways.measured
+
+
+def test_a_way_that_gives_something_else_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = Ways(monkeypatch, rows=2, grouped=1)
+    ways.add("wrong", lambda *tensors: attention.as_rows(*tensors) * 1.01)
+    assert ways.choose() == "grouped"
+
+
+def test_a_way_that_gives_nan_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = Ways(monkeypatch, rows=2)
+    ways.add("wrong", lambda *tensors: attention.as_rows(*tensors) * torch.nan)
+    assert ways.choose() == "rows"
+
+
+def test_a_way_that_fails_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*tensors: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    ways = Ways(monkeypatch, rows=2)
+    ways.add("broken", fail)
+    assert ways.choose() == "rows"
+
+
+def test_without_memory_to_measure_torchs_own_is_taken_until_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*tensors: Any) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    ways = Ways(monkeypatch, grouped=1)
+    ways.add("large", fail)
+    assert ways.choose() == "torch's own"
+    del ways.ways["large"]
+    assert ways.choose() == "grouped"
+
+
+def test_nothing_is_measured_while_a_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = Ways(monkeypatch, grouped=1)
+    ways.is_capturing = True
+    assert ways.choose() == "torch's own"
+    assert not ways.measured
+
+
+@every_case
+def test_torchs_ways_give_the_same_on_any_device(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setattr(attention, "_kernel", lambda: None)
+    tensors = given("cpu", torch.float32, case)
+    ways = attention.ways_for(*tensors[:4])
+    for name in ("rows", "grouped"):
+        seen = ways[name](*tensors).double()
+        torch.testing.assert_close(seen, expected(*tensors), rtol=1e-5, atol=1e-5)
+
+
 # --- in models ------------------------------------------------------------------------------------------------------
 
 

@@ -107,10 +107,10 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     if query.device.type != "cuda":
         return _grouped(query, keys, values, mask, scale).contiguous()
     with torch.cuda.device(query.device):  # where Triton launches
-        return _quickest(query, keys, values, mask, scale)(query, keys, values, mask, scale).contiguous()
+        return quickest(query, keys, values, mask, scale)(query, keys, values, mask, scale).contiguous()
 
 
-def _quickest(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Way:
+def quickest(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Way:
     """The quickest way that is right for these tensors; torch's own where that could not be found out yet."""
     ways = ways_for(query, keys, values, mask)
     size = keys.shape[2].bit_length()  # what is quickest for some tokens is so for a few more
