@@ -234,3 +234,26 @@ def on_cpu(family: str, way: Way) -> Reply:
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Whether two sequences of tensors are equal to the last bit."""
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class FailsLater:
+    """In place of a method: from one call on it raises, before it has done anything.
+
+    Args:
+        owner, name: whose method.
+        calls: how many go well.
+        error: what it raises then.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: BaseException) -> None:
+        original, self.failures = vars(owner)[name], 0
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls -= 1
+            if calls >= 0:
+                return original(*args, **kwargs)
+            self.failures += 1
+            raise error
+
+        patch.setattr(owner, name, fail)

@@ -80,7 +80,6 @@ WITHOUT_GRAPHS = frozenset(
         CpmAntForCausalLM
         DeepseekV32ForCausalLM
         DeepseekV4ForCausalLM
-        FalconMambaForCausalLM
         Gemma3ForConditionalGeneration
         GitForCausalLM
         GlmMoeDsaForCausalLM
@@ -93,7 +92,6 @@ WITHOUT_GRAPHS = frozenset(
         Llama4ForCausalLM
         LongcatFlashForCausalLM
         MBartForCausalLM
-        MambaForCausalLM
         MarianForCausalLM
         MiniMaxForCausalLM
         MossTranscribeDiarizeForConditionalGeneration

@@ -19,7 +19,7 @@ if Version("5.23") > Version(transformers.__version__):
     pytest.skip("the lists are of transformers 5.23", allow_module_level=True)
 
 # Those that run eagerly, each for a reason: docs/models.md has it.
-WITHOUT_GRAPHS = frozenset({"gpt-neo", "llama4", "mamba", "mamba2", "minimax", "recurrent-gemma"})
+WITHOUT_GRAPHS = frozenset({"gpt-neo", "llama4", "minimax", "recurrent-gemma"})
 # How many tokens on how many devices: windows have 16, prompts 9, and so all of them slide.
 LENGTHS = {1: 20, 2: 96, 4: 20}
 

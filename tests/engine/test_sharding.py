@@ -275,7 +275,7 @@ def test_a_cache_given_by_position_is_undone_as_well(
             args = [given.get(name) for name in names[: names.index("past_key_values") + 1]]
             with monkeypatch.context() as patch:
                 if on:
-                    FailsLater(patch, ForwardState, "enter", 1, TypeError("of ours"))
+                    support.FailsLater(patch, ForwardState, "enter", 1, TypeError("of ours"))
                 logits.append(model(*args, use_cache=True).logits.cpu())
         shard(model)
     assert torch.equal(*logits)
@@ -576,29 +576,6 @@ def fail(*_: Any, **__: Any) -> Any:
     raise TypeError("of ours")
 
 
-class FailsLater:
-    """In place of a method: from one call on it raises, before it has done anything.
-
-    Args:
-        owner, name: whose method.
-        calls: how many go well.
-        error: what it raises then.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, error: BaseException) -> None:
-        original, self.failures = vars(owner)[name], 0
-
-        def fail(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls -= 1
-            if calls >= 0:
-                return original(*args, **kwargs)
-            self.failures += 1
-            raise error
-
-        patch.setattr(owner, name, fail)
-
-
 @pytest.mark.parametrize(
     ("part", "way"),
     [
@@ -616,7 +593,7 @@ def test_an_error_in_our_part_of_a_forward_has_accelerate_go_on_from_there(
     sharding = shard(model)
     for calls in (3, 20):  # in the midst of the prompt's forward, in that of a token
         with monkeypatch.context() as patch:
-            failing = FailsLater(patch, ForwardState, part, calls, TypeError("of ours"))
+            failing = support.FailsLater(patch, ForwardState, part, calls, TypeError("of ours"))
             assert chosen.run(model, places[0]).tokens.tolist() == right
         if failing.failures:
             assert not sharding.enabled
@@ -635,7 +612,7 @@ def test_so_do_models_whose_blocks_all_send_their_outputs_back(
     sharding = shard(model)
     for calls in (3, 20):
         with monkeypatch.context() as patch:
-            failing = FailsLater(patch, ForwardState, part, calls, TypeError("of ours"))
+            failing = support.FailsLater(patch, ForwardState, part, calls, TypeError("of ours"))
             assert tokens(model, places[0]) == right
         assert not sharding.enabled or not failing.failures
         sharding.enable()
@@ -646,7 +623,7 @@ def test_after_an_error_of_ours_the_model_has_accelerates_own_forwards(
 ) -> None:
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
     shard(model)
-    FailsLater(monkeypatch, ForwardState, "move_inputs", 7, TypeError("of ours"))
+    support.FailsLater(monkeypatch, ForwardState, "move_inputs", 7, TypeError("of ours"))
     tokens(model, places[0])
     assert all(vars(module).get("forward") is before[name] for name, module in model.named_modules())
 
@@ -655,7 +632,7 @@ def test_an_error_of_ours_is_logged_once_however_often_it_would_recur(
     model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard(model)
-    FailsLater(monkeypatch, ForwardState, "_copy", 0, TypeError("of ours"))
+    support.FailsLater(monkeypatch, ForwardState, "_copy", 0, TypeError("of ours"))
     tokens(model, places[0])
     assert [record.levelname for record in caplog.records if "error in our part" in record.message] == ["ERROR"]
 
@@ -665,7 +642,7 @@ def test_a_moved_model_whose_placement_cannot_be_read_again_is_accelerates(
 ) -> None:
     sharding = shard(model)
     model.to(places[1])
-    FailsLater(monkeypatch, sys.modules[Sharding.__module__], "read_placement", 0, TypeError("of ours"))
+    support.FailsLater(monkeypatch, sys.modules[Sharding.__module__], "read_placement", 0, TypeError("of ours"))
     with pytest.raises(RuntimeError, match="device"):  # its hooks send the inputs to where the weights were
         tokens(model, places[1])
     assert not any(isinstance(vars(module).get("forward"), Wrapped) for module in model.modules())
@@ -689,7 +666,7 @@ class Unreadable(Exception):
 def test_an_error_of_the_model_itself_passes_through_as_it_is(
     places: list[str], monkeypatch: pytest.MonkeyPatch, mode: str, layers: int, error: BaseException
 ) -> None:
-    FailsLater(monkeypatch, nn.functional, "silu", layers, error)
+    support.FailsLater(monkeypatch, nn.functional, "silu", layers, error)
     model = support.spread(models.build("llama"), places)
     sharding = shard(model)
     sharding.mode = mode
@@ -714,7 +691,7 @@ def test_forwards_that_cannot_be_taken_off_after_an_error_of_ours_cost_no_reply_
 ) -> None:
     shard(model)
     monkeypatch.setattr(PatchSet, "restore", fail)
-    FailsLater(monkeypatch, ForwardState, "move_inputs", 7, TypeError("of ours"))
+    support.FailsLater(monkeypatch, ForwardState, "move_inputs", 7, TypeError("of ours"))
     assert tokens(model, places[0]) == right
 
 
@@ -733,7 +710,7 @@ def test_too_little_memory_for_our_copy_is_nobodys_defect(
     model: Any, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sharding = shard(model)
-    FailsLater(monkeypatch, ForwardState, "_copy", 3, torch.cuda.OutOfMemoryError("2 GiB"))
+    support.FailsLater(monkeypatch, ForwardState, "_copy", 3, torch.cuda.OutOfMemoryError("2 GiB"))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         tokens(model, places[0])
     assert sharding.enabled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from extensions.sharded_kv import Sharding, shard
 from extensions.sharded_kv.engine.graphs import capture
 from extensions.sharded_kv.engine.graphs.decode import DecodeGraph
+from extensions.sharded_kv.engine.placement import CACHE_NAMES
+from extensions.sharded_kv.engine.transfers import ForwardState
 from tests import support
 from tools import models, simulated
 
@@ -38,7 +41,7 @@ _COMMON = {
 _BY_TURNS = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 _DELTA = {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-# A convolution alone, state space, gated delta rule, states and keys in one layer, experts.
+# A convolution alone, state space, gated delta rule, states and keys in one layer, experts, no keys at all.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
     "bamba": ("BambaConfig", {"attn_layer_indices": [1, 3], **_MAMBA}),
@@ -71,6 +74,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 8,
         },
     ),
+    "mamba": ("MambaConfig", {"state_size": 8, "time_step_rank": 8, "use_associative_scan": False}),
+    "mamba2": ("Mamba2Config", {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16}),
     "granite": (
         "GraniteMoeHybridConfig",
         {**_BY_TURNS, **_MAMBA, "shared_intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -196,11 +201,43 @@ def test_a_prompt_that_runs_out_of_memory_halfway_is_read_again(places: list[str
     right = reply(model)
     sharding = shard(model)
     sharding.mode = mode
-    later: Any = model.model.layers[3]
+    later: Any = model.base_model.layers[3]
     forward, later.forward = later.forward, once
     assert reply(model) == right
     assert reply(model) == right
     assert sharding.failure == ""
+
+
+@every_model
+def test_an_error_of_ours_costs_no_reply_in_a_prompt_and_gives_no_wrong_token_in_a_step(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = build(name, places)
+    right = reply(model)
+    sharding = shard(model)
+    with monkeypatch.context() as patch:
+        support.FailsLater(patch, ForwardState, "move_inputs", 3, TypeError("of ours"))
+        assert reply(model) == right
+    sharding.enable()
+    with monkeypatch.context() as patch:  # states have no past to go back to
+        support.FailsLater(patch, ForwardState, "move_inputs", 60, TypeError("of ours"))
+        with pytest.raises(TypeError, match="of ours"):
+            reply(model)
+    sharding.enable()
+    assert reply(model) == right
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba"])
+def test_so_does_one_in_a_step_on_a_cache_of_the_callers_own(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = build(name, places)
+    shard(model)
+    takes = inspect.signature(model.forward).parameters
+    argument = next(each for each in CACHE_NAMES if each in takes)
+    support.FailsLater(monkeypatch, ForwardState, "move_inputs", 60, TypeError("of ours"))
+    with pytest.raises(TypeError, match="of ours"):
+        reply(model, **{argument: transformers.DynamicCache(config=model.config)})
 
 
 def test_a_copy_of_the_cache_goes_on_by_itself(places: list[str]) -> None:

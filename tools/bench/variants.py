@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from extensions.sharded_kv import shard
 from extensions.sharded_kv.engine import devices as device_memory
-from extensions.sharded_kv.engine.placement import CACHE_NAME, align_hooks, read_placement
+from extensions.sharded_kv.engine.placement import CACHE_NAMES, align_hooks, read_placement
 
 from .. import quantized
 
@@ -85,7 +85,7 @@ class _CacheStays(AlignDevicesHook):
 
 
 def _moved(values: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    return {key: value if key == CACHE_NAME else send_to_device(value, device) for key, value in values.items()}
+    return {key: value if key in CACHE_NAMES else send_to_device(value, device) for key, value in values.items()}
 
 
 @contextlib.contextmanager

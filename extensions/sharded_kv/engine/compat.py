@@ -112,7 +112,10 @@ def cache_length(cache: Any) -> int | None:
         dynamic = getattr(sys.modules.get("transformers.cache_utils"), "DynamicCache", None)
         _is_dynamic[kind] = kind is dynamic or issubclass(kind, own_cache_class())
     if _is_dynamic[kind]:
-        return int(cache.get_seq_length())
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # recurrent layers alone count no tokens
+            return None if any(any(layer.is_conv_states_initialized.values()) for layer in cache.layers) else 0
     inner = getattr(cache, "self_attention_cache", None)  # of an encoder-decoder
     return None if inner is None else cache_length(inner)
 
@@ -146,9 +149,10 @@ def _truncate_dynamic(cache: Any, length: int) -> None:
             tensors[:] = [tensor[:, :, :length] for tensor in tensors] if length else []
         return
     for layer in cache.layers:
-        if layer.keys is None:
+        is_recurrent = not hasattr(layer, "keys")
+        if not is_recurrent and layer.keys is None:
             continue
-        if type(layer).__name__ != "DynamicLayer" and length:
+        if is_recurrent or (type(layer).__name__ != "DynamicLayer" and length):
             raise ValueError(f"A {type(layer).__name__} cannot go back.")
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         if hasattr(layer, "cumulative_length"):

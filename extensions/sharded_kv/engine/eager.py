@@ -24,7 +24,7 @@ from .errors import is_ours, mark_as_ours, our_part
 from .gate import Gate
 from .graphs.eligible import NotEligible
 from .patches import Patch, PatchSet, UnhookPatch, wrap, wrap_like
-from .placement import CACHE_NAME, Block, Container, Placement, join
+from .placement import CACHE_NAMES, Block, Container, Placement, cache_in, cache_name, join
 from .prompts.prompt import Part, Prompt, Prompts
 from .transfers import ForwardState, TrafficCounter, first_device, tensors_in
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .graphs.runner import GraphRunner
     from .reply import Reply
 
-_CACHES = frozenset({CACHE_NAME})
+_CACHES = frozenset(CACHE_NAMES)
 # Beam search, which takes most, keeps so many tensors of the size of the logits, and of the replies' token ids.
 _TENSORS_BETWEEN_STEPS = 16
 Forward = Callable[..., Any]
@@ -193,7 +193,7 @@ class Runtime:
             reply is not None
             and (prompt := reply.prompt) is not None
             and not prompt.is_begun
-            and kwargs.get(CACHE_NAME) is prompt.cache
+            and cache_in(kwargs) is prompt.cache
             and self.is_on()
         ):
             output = self._run_prompt(prompt, container, inner, hooked, kwargs)
@@ -230,9 +230,9 @@ class Runtime:
 
         If memory runs out, it is run again without room ahead in the cache; if we fail in it, accelerate runs it again.
         """
-        cache = kwargs.get(CACHE_NAME)
+        cache = cache_in(kwargs)
         if args and cache is None:  # it may be given by position
-            cache = dict(zip(inspect.signature(hooked).parameters, args, strict=False)).get(CACHE_NAME)
+            cache = cache_in(dict(zip(inspect.signature(hooked).parameters, args, strict=False)))
         length = compat.cache_length(cache)
         for is_last_try in (False, True):
             try:
@@ -329,9 +329,9 @@ class Runtime:
 
     def _take_cache(self, output: Any, name: str) -> None:
         """Have ours in place of a cache that the model's forward has made, which nobody else has seen."""
-        made = output.get(CACHE_NAME) if isinstance(output, dict) and not torch.is_grad_enabled() else None
+        made = cache_in(output) if isinstance(output, dict) and not torch.is_grad_enabled() else None
         if made is not None:
-            output[CACHE_NAME] = self.own_cache(made, name, "forward")
+            output[cache_name(output)] = self.own_cache(made, name, "forward")
 
     def _has_given_room_back(self, cache: Any, length: int | None) -> bool:
         """Memory has run out in a step: whether there is more now, and the step can be run again.

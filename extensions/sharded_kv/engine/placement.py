@@ -7,7 +7,7 @@ or classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,9 +110,20 @@ class Placement:
         return ", ".join(f"{stage.device}: {_count(len(stage.blocks), 'block')}" for stage in self.stages)
 
 
-# The keyword and output field that carries the cache through transformers' models, whatever they declare.
-# Before transformers 4.30 and accelerate 0.20 there is no `_skip_keys_device_placement` to declare it with.
-CACHE_NAME = "past_key_values"
+# The keywords and output fields that carry the cache through transformers' models, whatever they declare: most models
+# have the first, Mamba's the second. Before transformers 4.30 and accelerate 0.20 there is no
+# `_skip_keys_device_placement` to declare it with.
+CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+def cache_name(values: Mapping[str, Any]) -> str:
+    """Under which name a forward's arguments, or what it returns, have a cache; the usual name where they have none."""
+    return next((name for name in CACHE_NAMES if values.get(name) is not None), CACHE_NAMES[0])
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments, or in what it returns; None without one."""
+    return values.get(cache_name(values))
 
 
 def read_placement(model: nn.Module) -> Placement:
@@ -376,7 +387,7 @@ def is_plainly_hooked(module: nn.Module) -> bool:
 
 def _container(module: nn.Module, name: str) -> Container:
     hook = getattr(module, "_hf_hook", None)
-    names = {CACHE_NAME}
+    names = set(CACHE_NAMES)
     for declared in (getattr(hook, "skip_keys", None), getattr(module, "_skip_keys_device_placement", None)):
         names.update([declared] if isinstance(declared, str) else declared or ())
     execution = None if hook is None else hook.execution_device

@@ -15,7 +15,7 @@ from . import compat
 from .eager import Runtime, ThisThread
 from .metering.meter import Meter
 from .patches import Patch, PatchSet, wrap_like
-from .placement import CACHE_NAME, Placement
+from .placement import Placement, cache_in, cache_name
 from .prompts.prompt import Prompt, suits
 from .transfers import is_plain
 
@@ -77,12 +77,12 @@ class Reply:
     def __init__(self, recording: Recording, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.recording = recording
         # A cache that the caller has made stays the caller's.
-        self.awaits_cache = kwargs.get(CACHE_NAME) is None and compat.has_cache_objects()
+        self.awaits_cache = cache_in(kwargs) is None and compat.has_cache_objects()
         settings = _Settings(model, args, kwargs)
         self.longest = _longest(settings, args, kwargs)
         self.ids: Tensor | None = _one_text(settings, args, kwargs) if self.awaits_cache else None
         self.prompt: Prompt | None = None
-        kept: Any = kwargs.get(CACHE_NAME)
+        kept: Any = cache_in(kwargs)
         if compat.is_own_cache(kept):
             kept.begin_reply(self.longest)
 
@@ -96,7 +96,7 @@ class Reply:
             given: what the model will be called with, beside ids; among it the cache that was made.
         """
         self.awaits_cache = False
-        made, mask = given[CACHE_NAME], given.get("attention_mask")
+        made, mask = cache_in(given), given.get("attention_mask")
         if (
             self.ids is None
             or not runtime.prompts.concern(self.ids.shape[1])
@@ -236,9 +236,9 @@ def _prepare_cache(runtime: Runtime, name: str, prepare: Callable[..., Any], /, 
         if reply is not None and reply.awaits_cache:
             try:
                 model_kwargs = next(value for value in (*args, *kwargs.values()) if type(value) is dict)
-                if runtime.is_on() and model_kwargs.get(CACHE_NAME) is not None:
+                if runtime.is_on() and cache_in(model_kwargs) is not None:
                     module = getattr(prepare, "__self__", None)
-                    model_kwargs[CACHE_NAME] = reply.begin_prompt(runtime, module, name, model_kwargs)
+                    model_kwargs[cache_name(model_kwargs)] = reply.begin_prompt(runtime, module, name, model_kwargs)
             except Exception as error:  # the reply goes on with generate()'s own
                 runtime.note_failure(error)
 
@@ -259,7 +259,7 @@ def _grow_mask(
     """
     before = model_kwargs.get("attention_mask")
     grown = grow(outputs, model_kwargs, *args, **kwargs)
-    cache, after = grown.get(CACHE_NAME), grown.get("attention_mask")
+    cache, after = cache_in(grown), grown.get("attention_mask")
     try:
         if compat.is_own_cache(cache) and cache.graphs is not None and before is not None and after is not before:
             cache.graphs.watch.note_growth(before, after)
@@ -334,7 +334,7 @@ class _ForwardBegins:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         reply = None if self._thread is None else self._thread.reply
         if reply is not None:
-            reply.recording.forward_begins(kwargs.get(CACHE_NAME))
+            reply.recording.forward_begins(cache_in(kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardBegins:
         return _ForwardBegins(None)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..placement import CACHE_NAME
 from ..transfers import TrafficCounter, is_plain, tensors_in
 from .capture import Capture, CapturedStep
 from .eligible import DecodeStep
@@ -161,10 +160,10 @@ class DecodeGraph:
     def _run(self, step: DecodeStep, run: Run, counter: TrafficCounter) -> Any:
         with _plain_mode(), NumbersByHost() if self._way.by_host else contextlib.nullcontext():
             # Models whose layers are of several kinds take a mask for each, by transformers' names of the kinds.
-            mask: Any = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()))
+            mask: Any = self._masks if len(self._masks) > 1 else next(iter(self._masks.values()), None)
             if self._way.mask == _OF_TOKENS:
                 mask = (mask[:, 0, -1] == 0).to(torch.int64)
-            arguments = {**step.plain, **self._tensors, "attention_mask": mask, CACHE_NAME: step.cache}
+            arguments = {**step.plain, **self._tensors, "attention_mask": mask, step.cache_name: step.cache}
             before = [mask._version for _, mask in self._copies]
             output = run(arguments, counter, self._copies)
             if [mask._version for _, mask in self._copies] != before:
@@ -188,7 +187,7 @@ class DecodeGraph:
             self._way = way
             try:
                 output = self._trace(step, run, counter, before)
-                if self._state is State.TRACED and not self._hooked:
+                if self._state is State.TRACED and not self._hooked and self._masks:
                     self._compare_with_model(step, output, begin, run, run_plainly, counter, before)
             except torch.cuda.OutOfMemoryError:
                 raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat, devices, text
-from ..placement import CACHE_NAME, Placement
+from ..placement import CACHE_NAMES, Placement, cache_name
 from ..transfers import is_plain
 from .attention import can_replace
 from .trace import CannotCapture
@@ -35,7 +35,8 @@ class DecodeStep:
     Attributes:
         model: what was called.
         cache: the reply's KVCache.
-        length: how many tokens it holds.
+        cache_name: the name of the argument that it is.
+        length: how many tokens it holds; 0 if its layers are recurrent alone.
         tokens: how many are new.
         mask: [batch, length + tokens], which of them count, or None for all.
         tensors: the other arguments that are tensors, on the main device.
@@ -47,6 +48,7 @@ class DecodeStep:
 
     model: nn.Module
     cache: Any
+    cache_name: str
     length: int
     tokens: int
     mask: Tensor | None
@@ -90,26 +92,28 @@ class Rules:
             NotEligible: it is none.
         """
         named = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
-        cache: Any = named.get(CACHE_NAME)
+        of_cache = cache_name(named)
+        cache: Any = named.get(of_cache)
         ids: Any = named.get("input_ids")
         mask = named.get("attention_mask")
-        if CACHE_NAME not in self._names:
-            raise NotEligible("This model keeps no keys and values of the tokens before, to which graphs would add.")
+        if not any(name in self._names for name in CACHE_NAMES):
+            raise NotEligible(_NO_CACHE)
         if named.get("use_cache") is False:
             raise NotEligible("The model was called without using its cache.")
-        if cache is None or (not isinstance(cache, (tuple, list)) and not cache.get_seq_length()):
+        if cache is None or compat.cache_length(cache) == 0:
             raise NotEligible  # a prompt
         if reason := _against_call(model, named, cache, ids, self._main_device):
             raise NotEligible(reason)
-        length, (batch, tokens) = cache.get_seq_length(), ids.shape
+        length, (batch, tokens) = cache.length, ids.shape
         if tokens > 1 and cache.states():
             raise NotEligible(f"{tokens} tokens came at once, which recurrent layers read in another way than one.")
-        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length + tokens)):
+        usual = (batch, length + tokens) if length else None  # without a length, nobody can tell
+        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != usual):
             raise NotEligible("Its attention mask is not the usual one, of a number for each token.")
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
         for name, value in named.items():
-            if name in (CACHE_NAME, "attention_mask"):
+            if name in (of_cache, "attention_mask"):
                 continue
             if isinstance(value, Tensor):
                 if value.device != self._main_device:
@@ -129,7 +133,7 @@ class Rules:
         shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())]
         settings = [(name, repr(value)) for name, value in sorted(plain.items())]
         graph_key = (are_ours, mask is None, *shapes, *settings)
-        return DecodeStep(model, cache, length, tokens, mask, tensors, plain, graph_key, named, are_ours)
+        return DecodeStep(model, cache, of_cache, length, tokens, mask, tensors, plain, graph_key, named, are_ours)
 
 
 def _against_call(
@@ -152,6 +156,8 @@ def _against_call(
     for name in ("output_attentions", "output_hidden_states"):
         if named.get(name, getattr(config, name, False)):
             return f"{name} was asked for."
+    if not hasattr(cache, "get_seq_length"):
+        return _NO_CACHE
     if not compat.is_own_cache(cache):
         unknown = compat.layers_that_stay(cache)
         if unknown:
@@ -193,6 +199,7 @@ def past_window(window: int) -> str:
     return f"The reply is longer than the model's sliding window of {window} tokens."
 
 
+_NO_CACHE = "This model keeps no keys and values of the tokens before, to which graphs would add."
 SELDOM = "Several tokens came at once (prompt lookup, assisted generation), so many for the first or second time."
 NO_ROOM = "There is no room for a static cache and its graphs beside what is in memory."
 UNEVEN = "The layers of its cache hold different numbers of tokens."

@@ -75,8 +75,9 @@ class KVCache(_Base):  # type: ignore[misc]
             return False
         if not IS_LAYERED and cache.get_seq_length():
             return False
-        kinds = {type(layer) for layer in getattr(cache, "layers", ())}
-        return not kinds or bool(kinds & {FullLayer.plain, SlidingLayer.plain, HybridLayer.plain})
+        layers = getattr(cache, "layers", ())
+        known = {FullLayer.plain, SlidingLayer.plain, HybridLayer.plain}
+        return all(map(is_recurrent, layers)) or not known.isdisjoint(map(type, layers))
 
     def _layer_like(self, layer: Any) -> Any:
         """A layer of ours for a plain one; one of another kind as it is."""
@@ -141,8 +142,8 @@ class KVCache(_Base):  # type: ignore[misc]
 
     @property
     def length(self) -> int:
-        """How many tokens it holds."""
-        return int(self.get_seq_length())
+        """How many tokens it holds; 0 if its layers are recurrent alone, which count none."""
+        return int(self.get_seq_length()) if self.own_layers or not self.layers else 0
 
     @property
     def own_layers(self) -> list[FullLayer]:
