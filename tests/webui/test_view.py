@@ -495,13 +495,13 @@ def test_the_peak_is_measured_from_where_this_process_begins() -> None:
 
 def test_a_bar_is_said_in_words() -> None:
     bar = live(memory=(memory(),)).one("skv-bar")
-    words = "weights 6.00 GiB, cache 512 MiB, rest of process 1.00 GiB, other processes 0, free 16.0 GiB, peak 7.00 GiB"
+    words = "weights 6.00 GiB, cache 512 MiB, rest of process 1.00 GiB, other programs 0, free 16.0 GiB, peak 7.00 GiB"
     assert bar.attributes["aria-label"] == bar.attributes["title"] == words
 
 
 def test_the_numbers_stand_below_the_words_of_the_legend() -> None:
     heads, numbers = live(memory=(memory(),)).all("skv-shares")
-    assert heads.text == "weightscacherest of processother processesfreepeak"
+    assert heads.text == "weightscacherest of processother programsfreepeak"
     assert numbers.text == "6.00 GiB512 MiB1.00 GiB016.0 GiB7.00 GiB"
 
 
@@ -578,7 +578,29 @@ def test_more_stages_than_can_be_seen_are_summed_up_by_gpu() -> None:
         "GPU 0 layers 0, 2, 4, 6, 8, 10 and 494 more",
         "GPU 1 layers 1, 3, 5, 7, 9, 11 and 494 more",
     ]
-    assert "1\u202f000 blocks in 1\u202f000 stages, summed up by GPU" in page.text
+    assert "What runs where, summed up by GPU" in page.text
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (
+            [("cuda:0", ["embed", *layers(0, 2)]), ("cuda:1", [*layers(3, 5), "norm"])],
+            "GPU 0: layers 0-2, GPU 1: layers 3-5",
+        ),
+        ([("cuda:0", layers(0, 0)), ("cuda:1", layers(1, 1))], "GPU 0: layers 0, GPU 1: layers 1"),
+        (
+            [("cuda:0", layers(0, 1)), ("cuda:1", layers(2, 3)), ("cuda:0", layers(4, 5))],
+            "GPU 0: layers 0-1, 4-5; GPU 1: layers 2-3",
+        ),
+        (
+            [("cuda:0", ["embed"]), ("cuda:1", layers(0, 3)), ("cpu", ["norm", "lm_head"])],
+            "GPU 0: embed; GPU 1: layers 0-3; CPU: norm, lm_head",
+        ),
+    ],
+)
+def test_the_split_names_layers(stages: list[tuple[str, list[str]]], words: str) -> None:
+    assert view.split(placed(*stages)) == words.replace("-", DASH)
 
 
 def test_the_cpu_is_called_cpu() -> None:

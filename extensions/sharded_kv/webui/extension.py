@@ -9,7 +9,7 @@ from typing import Any
 
 from ..engine import compat, text
 from ..engine.sharding import MODES, Sharding, attach
-from . import settings
+from . import settings, view
 from .host import NAME, Host, logger
 from .measuring import Measuring
 from .state import PanelState
@@ -239,11 +239,7 @@ def _split(sharding: Sharding) -> str:
     """How the model is split, for people."""
     if sharding.placement.is_one_block:
         return f"all of it on GPU {sharding.placement.devices[0].index}."
-    counts: dict[str, int] = {}
-    for stage in sharding.placement.stages:
-        place = f"GPU {stage.device.index}" if stage.device.type != "cpu" else "the CPU"
-        counts[place] = counts.get(place, 0) + len(stage.blocks)
-    return ", ".join(f"{n} {'block' if n == 1 else 'blocks'} on {place}" for place, n in counts.items()) + "."
+    return f"{view.split(sharding.placement)}."
 
 
 extension = Extension()

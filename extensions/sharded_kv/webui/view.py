@@ -363,7 +363,7 @@ _SHARES = {
     "weights": ("weights", "the model's parameters and buffers"),
     "cache": ("cache", "the cache of the reply being written, and what is kept for the next"),
     "rest": ("rest of process", "everything else of this process"),
-    "others": ("other processes", "what other processes hold"),
+    "others": ("other programs", "what other programs hold"),
     "free": ("free", "not in use"),
 }
 
@@ -444,9 +444,9 @@ def _strip(placement: Placement) -> Markup:
     names = [block.name for block in placement.blocks]
     short = _short_stems(names)
     pieces = [(str(stage.device), [block.name for block in stage.blocks]) for stage in placement.stages]
-    title = f"{_grouped(len(names))} blocks in {_grouped(len(pieces))} stages, in the order they run"
+    title = "What runs where"
     if len(pieces) > _MOST_STAGES:
-        title = f"{_grouped(len(names))} blocks in {_grouped(len(pieces))} stages, summed up by GPU"
+        title = "What runs where, summed up by GPU"
         pieces = _by_device(pieces)
     return _section(
         "strip",
@@ -467,6 +467,21 @@ def _strip(placement: Placement) -> Markup:
             ),
         ),
     )
+
+
+def split(placement: Placement) -> str:
+    """Which layers are on which device, for people: "GPU 0: layers 0\u20132, GPU 1: layers 3\u20135".
+
+    What is no layer counts only on a device that has none.
+    """
+    short = _short_stems(block.name for block in placement.blocks)
+    pieces = _by_device((str(block.device), [block.name]) for block in placement.blocks)
+    places = {
+        _device_name(device): _listed([name for name in names if _split_number(name)[1] >= 0] or names, short)
+        for device, names in pieces
+    }
+    is_list = any(", " in some for some in places.values())
+    return ("; " if is_list else ", ").join(f"{place}: {some}" for place, some in places.items())
 
 
 def _by_device(pieces: Iterable[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
