@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from extensions.sharded_kv import Sharding, shard
+from extensions.sharded_kv.engine import compat
 from extensions.sharded_kv.engine.graphs import capture
 from extensions.sharded_kv.engine.graphs.decode import DecodeGraph
 from extensions.sharded_kv.engine.placement import CACHE_NAMES
@@ -238,6 +239,20 @@ def test_so_does_one_in_a_step_on_a_cache_of_the_callers_own(
     support.FailsLater(monkeypatch, ForwardState, "move_inputs", 60, TypeError("of ours"))
     with pytest.raises(TypeError, match="of ours"):
         reply(model, **{argument: transformers.DynamicCache(config=model.config)})
+
+
+@pytest.mark.parametrize("kind", ["conv", "recurrent"])
+def test_a_cache_of_states_alone_has_no_length_once_it_holds_any(kind: str) -> None:
+    from transformers import cache_utils
+
+    cache, states = transformers.DynamicCache(), cache_utils.LinearAttentionLayer()
+    empty = getattr(
+        cache_utils, "DummyLayer", cache_utils.LinearAttentionLayer
+    )()  # 5.17 has no layer that keeps nothing
+    cache.layers = [empty, states]
+    assert compat.cache_length(cache) == 0
+    getattr(states, f"update_{kind}_state")(torch.ones(1, 4, 4))
+    assert compat.cache_length(cache) is None
 
 
 def test_a_copy_of_the_cache_goes_on_by_itself(places: list[str]) -> None:

@@ -115,9 +115,15 @@ def cache_length(cache: Any) -> int | None:
         try:
             return int(cache.get_seq_length())
         except ValueError:  # recurrent layers alone count no tokens
-            return None if any(any(layer.is_conv_states_initialized.values()) for layer in cache.layers) else 0
+            return None if any(map(_has_states, cache.layers)) else 0
     inner = getattr(cache, "self_attention_cache", None)  # of an encoder-decoder
     return None if inner is None else cache_length(inner)
+
+
+def _has_states(layer: Any) -> bool:
+    """Whether a layer of a cache has recurrent states; one that keeps nothing has none."""
+    of_a_kind = (getattr(layer, f"is_{kind}_states_initialized", {}) for kind in ("conv", "recurrent"))
+    return any(any(each.values()) for each in of_a_kind)
 
 
 def truncate_cache(cache: Any, length: int | None) -> bool:
